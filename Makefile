@@ -1,0 +1,52 @@
+# Two commands: `make demo` runs the pipeline on the small world, `make test` passes the tests.
+# Both set everything up first, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where no GPU is wanted, set this to the address of PyTorch's CPU wheels (pytorch.org/get-started names it):
+# without it, pip takes the build that the package index serves for this platform.
+VZERO_TORCH_INDEX ?=
+PREFECT_HOME := $(CURDIR)/.vzero/prefect
+# The project's own Prefect home: nobody's profile is read or changed.
+OWN_PREFECT := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME)
+
+.PHONY: demo test test-slow small-world five-seeds lint setup clean
+
+demo: setup
+	@$(OWN_PREFECT) $(BIN)/python -m flows.full_pipeline
+
+test: setup lint
+	@$(OWN_PREFECT) $(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	@$(OWN_PREFECT) $(BIN)/python -m pytest -m slow
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+small-world: setup
+	@$(BIN)/python -m tasks.small_world.make_models
+
+five-seeds: setup
+	@$(OWN_PREFECT) $(BIN)/python tests/benchmarks/five_seeds.py
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "V-Zero is tested with Python 3.11; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "setting up $(VENV), once: about two minutes and 2 GB"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(VZERO_TORCH_INDEX),--index-url $(VZERO_TORCH_INDEX)) torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@mkdir -p $(PREFECT_HOME)
+	@$(OWN_PREFECT) $(BIN)/prefect server database upgrade -y > .vzero/database.log 2>&1 || { cat .vzero/database.log; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .vzero

@@ -1,0 +1,220 @@
+"""The whole configuration of a run. `python -m flows.config my.toml` prints it as parameters of a deployment."""
+
+import difflib
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from tasks.config import (
+    EMBEDDED,
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PlacementConfig,
+    PromptConfig,
+    ReplayConfig,
+    RoundsConfig,
+    SamplingConfig,
+    Settings,
+    StoreConfig,
+)
+from vzero_core.config import (
+    ForwardKLTopKLoss,
+    Gate,
+    GateConfig,
+    Loss,
+    NegativeCropConfig,
+    PositiveCropConfig,
+    Preset,
+    ViewConfig,
+    preset,
+)
+from vzero_core.errors import ConfigError
+
+PROJECT = Path(__file__).parents[1]
+
+
+class RunConfig(Settings):
+    """One run of the pipeline. The default is the laptop's: the small world, on CPU, in minutes.
+
+    A setting that is left out has the laptop's value, also inside a section that is given in part.
+    """
+
+    name: str = Field(default="small-world", description="How runs are called on the dashboard.", pattern=r"^[\w.-]+$")
+    seed: int = Field(default=0, ge=0, description="Every random choice follows from it.")
+    data: DataConfig = Field(default=DataConfig(), description="What to train on and what to measure on.")
+    views: ViewConfig = Field(
+        # A crop of the small world is a 32 x 32 window of its 128 x 128 detail image, shown as it is.
+        default=ViewConfig(
+            positive=PositiveCropConfig(min_side_px=32, min_pixels=1024), negative=NegativeCropConfig(downsample=1)
+        ),
+        description="How the relevant and the irrelevant crop are cut.",
+    )
+    student: ModelConfig = Field(default=ModelConfig(path=f"{EMBEDDED}student"), description="The model that learns.")
+    teacher: ModelConfig = Field(default=ModelConfig(path=f"{EMBEDDED}teacher"), description="The model that replays.")
+    prompt: PromptConfig = Field(default=PromptConfig(), description="How a question becomes a prompt.")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="How the student responds.")
+    replay: ReplayConfig = Field(default=ReplayConfig(), description="What the teacher replays.")
+    preset: Preset | None = Field(
+        default=None, description="A published combination of gate, loss and aggregation; excludes [gate] and [loss]."
+    )
+    gate: Gate = Field(default=GateConfig(min_spread=1e-3), description="How responses are weighted.")
+    loss: Loss = Field(default=ForwardKLTopKLoss(k=10), description="What pulls the student to the teacher.")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="How the student is updated.")
+    rounds: RoundsConfig = Field(default=RoundsConfig(), description="How many rounds, and how large.")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="When the full state is stored.")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="How accuracy is measured.")
+    store: StoreConfig = Field(default=StoreConfig(), description="Where artefacts live.")
+    placement: PlacementConfig = Field(default=PlacementConfig(), description="Devices and scratch; changes no result.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("preset") is not None:
+            values = _with_preset(values)
+        defaults = {
+            name: info.default for name, info in cls.model_fields.items() if isinstance(info.default, BaseModel)
+        }
+        return {name: _merged(defaults.get(name), value) for name, value in values.items()}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.optimizer.mini_batches > self.rounds.prompts_per_round:
+            raise ValueError(
+                f"optimizer.mini_batches must be at most rounds.prompts_per_round, got {self.optimizer.mini_batches} "
+                f"and {self.rounds.prompts_per_round}"
+            )
+        if self.rounds.num_shards > self.rounds.prompts_per_round:
+            raise ValueError(
+                f"rounds.num_shards must be at most rounds.prompts_per_round, got {self.rounds.num_shards} "
+                f"and {self.rounds.prompts_per_round}"
+            )
+        return self
+
+
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    objective = preset(values["preset"])
+    for name, fixed in (("gate", objective.gate), ("loss", objective.loss)):
+        # A validated configuration that was written out holds all three, and must read back as it was.
+        if values.get(name) not in (None, fixed, fixed.model_dump(), fixed.model_dump(mode="json")):
+            raise ValueError(f"preset fixes [gate] and [loss] together; remove [{name}] or the preset")
+    return {**values, "gate": objective.gate, "loss": objective.loss}
+
+
+def _merged(default: Any, given: Any) -> Any:
+    """Fill what a section leaves out from the default section, unless it is of another kind."""
+    if isinstance(default, BaseModel):
+        default = default.model_dump()
+    if not isinstance(default, dict) or not isinstance(given, dict):
+        return given
+    if given.get("kind", default.get("kind")) != default.get("kind"):
+        return given
+    return {**default, **{name: _merged(default.get(name), value) for name, value in given.items()}}
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a run's configuration from TOML; relative paths in it count from its folder.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or a setting is wrong; every wrong setting is named.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"configuration must be a TOML file, but there is no such file: {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration must be TOML, but {path} cannot be read: {error}") from error
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n{explain(error)}") from error
+    return resolve_paths(config, path.resolve().parent)
+
+
+def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """Make the relative paths of a configuration absolute."""
+    values = config.model_dump()
+    for section, *names in (
+        ("student", "path"),
+        ("teacher", "path"),
+        ("store", "url"),
+        ("placement", "work_dir"),
+    ):
+        for name in names:
+            values[section][name] = _absolute(values[section][name], folder)
+    source = values["data"]["source"]
+    for name in ("path", "evaluation_path"):
+        if source.get(name) is not None:
+            source[name] = _absolute(source[name], folder)
+    return RunConfig.model_validate(values)
+
+
+def _absolute(path: str, folder: Path) -> str:
+    if "://" in path or path.startswith(EMBEDDED):
+        return path
+    return str(folder / Path(path).expanduser())
+
+
+def explain(error: ValidationError) -> str:
+    """Say what is wrong with each setting, a line each; an unknown one is answered with the nearest known name."""
+    lines = []
+    branches = _union_branches()
+    for problem in error.errors():
+        # Pydantic names the branch of a union, which is not part of what a user wrote.
+        where = [str(part) for part in problem["loc"] if part not in branches]
+        name = ".".join(where) or "configuration"
+        if problem["type"] == "extra_forbidden":
+            known = sorted(_known_names())
+            near = difflib.get_close_matches(where[-1], known, n=1)
+            lines.append(f"  {name} is no setting" + (f"; did you mean {near[0]}?" if near else "; remove it"))
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            lines.append(f"  {name}: {message[0].lower()}{message[1:]}{got if 'got' not in message else ''}")
+    return "\n".join(lines)
+
+
+def _known_names() -> set[str]:
+    schema = RunConfig.model_json_schema()
+    return {name for part in (schema, *schema["$defs"].values()) for name in part.get("properties", {})}
+
+
+def _union_branches() -> set[str]:
+    found: set[str] = set()
+
+    def walk(part: Any) -> None:
+        if isinstance(part, dict):
+            found.update(part.get("discriminator", {}).get("mapping", {}))
+            for value in part.values():
+                walk(value)
+        elif isinstance(part, list):
+            for value in part:
+                walk(value)
+
+    walk(RunConfig.model_json_schema())
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Print a TOML configuration as the parameters of a flow run."""
+    if len(arguments) != 1:
+        print("usage: python -m flows.config my.toml", file=sys.stderr)
+        return 2
+    try:
+        config = load_config(Path(arguments[0]))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f'{{"config": {config.model_dump_json()}}}')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,241 @@
+"""The pipeline, top to bottom. `python -m flows.full_pipeline [--config my.toml]` runs it."""
+
+import argparse
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import flow
+
+from flows.config import PROJECT, RunConfig, load_config
+from flows.run import fingerprint, open_run
+from flows.server import prefect_server
+from flows.summary import RunResult, print_result, scores_of, show_round, stage_times
+from flows.terminal import show_on_terminal
+from tasks.adapters.importers import EVALUATION, TRAINING, source_digest
+from tasks.adapters.models import model_digest, model_folder
+from tasks.adapters.training_data import CheckpointJob, TrainJob
+from tasks.artifacts import ArtifactRef, Role
+from tasks.build_views import ViewsJob, build_views
+from tasks.check_models import CheckModelsJob, ModelJob, check_models, model
+from tasks.evaluate import EvaluateJob, evaluate
+from tasks.evaluation_data import EvaluationDataJob, evaluation_data
+from tasks.gate import GateJob, gate
+from tasks.replay import ReplayJob, replay
+from tasks.report import Evaluation, ReportJob, RoundRefs, report
+from tasks.rollouts import RolloutsJob, rollouts
+from tasks.stage import RunContext
+from tasks.train import checkpoint, train
+from tasks.validate import ValidateJob, validate
+from vzero_core.config import ForwardKLTopKLoss, ViewConfig, required_views
+from vzero_core.errors import VZeroError
+
+LAPTOP = RunConfig()
+NUM_KEPT_STATES = 2
+"""Training states kept behind the newest round; older ones go, but for the one a run ends with."""
+
+
+@flow(name="vzero", flow_run_name="{config.name}, seed {config.seed}")
+def vzero(config: RunConfig = LAPTOP) -> RunResult:
+    """Teach the student to see what the teacher sees with the right crop beside the image; no answer is read.
+
+    Args:
+        config: the whole configuration; the default is the small world on a laptop.
+    """
+    started = datetime.now(UTC)
+    with open_run(config) as run:
+        student, teacher = _name_model(config, run, "student"), _name_model(config, run, "teacher")
+        checked = check_models(CheckModelsJob(student=student, teacher=teacher, prompt=config.prompt), run)
+        samples = validate(
+            ValidateJob(
+                models=checked,
+                source=source_digest(run.data.train, TRAINING.what, run.dataset.images),
+                max_bad_share=config.data.max_bad_share,
+                max_image_pixels=config.data.max_image_pixels,
+            ),
+            run,
+        )
+        questions = _evaluation_questions(config, run, checked)
+        views = build_views(
+            ViewsJob(samples=samples, views=config.views, max_bad_share=config.data.max_bad_share, seed=config.seed),
+            run,
+        )
+
+        evaluations = _evaluate(config, run, questions, "student", student, "student, before")
+        evaluations += _evaluate(config, run, questions, "teacher", teacher, "teacher, full image")
+        evaluations += _evaluate(config, run, questions, "teacher", teacher, "teacher, with crop", config.views)
+
+        policy, rounds = student, list[RoundRefs]()
+        with run.progress("rounds", config.rounds.num_rounds) as advance:
+            for number in range(1, config.rounds.num_rounds + 1):
+                done = _round(config, run, number, policy, teacher, views)
+                policy = done.train
+                rounds.append(done)
+                _prune(run, rounds)
+                if number % config.evaluate.every == 0 and number < config.rounds.num_rounds:
+                    evaluations += _evaluate(config, run, questions, "student", policy, f"student, round {number}")
+                advance(1)
+        last = f"student, after {config.rounds.num_rounds} rounds"
+        evaluations += _evaluate(config, run, questions, "student", policy, last)
+
+        selected = checkpoint(CheckpointJob(train_key=policy.key), run)
+        run.store.keep(selected)
+        made = report(
+            ReportJob(
+                name=config.name,
+                config=config.model_dump(mode="json", exclude={"store", "placement"}),
+                samples=samples,
+                views=views,
+                rounds=tuple(rounds),
+                evaluations=tuple(evaluations),
+                selected=selected,
+            ),
+            run,
+        )
+        refs = [student, teacher, checked, samples, *([questions] if questions else []), views]
+        refs += [ref for done in rounds for ref in done.refs()]
+        refs += [*(evaluation.ref for evaluation in evaluations), made]
+        return RunResult(
+            scores=scores_of(run.store, evaluations),
+            stages=stage_times(run.store, refs, started),
+            policy=policy,
+            checkpoint=run.store.path_of(selected, "model"),
+            report=run.store.path_of(made, "report.html"),
+        )
+
+
+def _round(
+    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, views: ArtifactRef
+) -> RoundRefs:
+    """One round: the student responds, the teacher replays, the gate weighs, the student learns."""
+    sampled, replayed = [], []
+    for shard in range(config.rounds.num_shards):
+        sampled.append(
+            rollouts(
+                RolloutsJob(
+                    policy=policy,
+                    views=views,
+                    prompt=config.prompt,
+                    sampling=config.sampling,
+                    engine=fingerprint(config.student),
+                    seed=config.seed,
+                    round=number,
+                    prompts_per_round=config.rounds.prompts_per_round,
+                    shard=shard,
+                    num_shards=config.rounds.num_shards,
+                ),
+                run,
+            )
+        )
+        replayed.append(
+            replay(
+                ReplayJob(
+                    teacher=teacher,
+                    rollouts=sampled[-1],
+                    views=views,
+                    prompt=config.prompt,
+                    replayed=required_views(config.gate, config.replay.target),
+                    target=config.replay.target,
+                    top_k=config.loss.k if isinstance(config.loss, ForwardKLTopKLoss) else 0,
+                    engine=fingerprint(config.teacher),
+                    round=number,
+                    shard=shard,
+                    num_shards=config.rounds.num_shards,
+                ),
+                run,
+            )
+        )
+    weights = gate(GateJob(replays=tuple(replayed), gate=config.gate, target=config.replay.target, round=number), run)
+    job = TrainJob(
+        policy=policy,
+        samples=views,
+        rollouts=tuple(sampled),
+        replays=tuple(replayed),
+        gate=weights,
+        prompt=config.prompt,
+        target=config.replay.target,
+        loss=config.loss,
+        optimizer=config.optimizer,
+        engine=fingerprint(config.student),
+        seed=config.seed,
+        round=number,
+    )
+    fresh = run.store.find(job.stage, job.key) is None
+    refs = RoundRefs(
+        round=number, rollouts=tuple(sampled), replays=tuple(replayed), gate=weights, train=train(job, run)
+    )
+    if fresh:
+        show_round(run.store, refs)
+    return refs
+
+
+def _name_model(config: RunConfig, run: RunContext, role: Role) -> ArtifactRef:
+    folder = model_folder((config.student if role == "student" else config.teacher).path)
+    weights = model_digest(folder, Path(config.placement.work_dir) / "model-digests.json")
+    return model(ModelJob(weights=weights, role=role), run)
+
+
+def _evaluation_questions(config: RunConfig, run: RunContext, models: ArtifactRef) -> ArtifactRef | None:
+    if run.data.evaluation is None:
+        return None
+    source = source_digest(run.data.evaluation, EVALUATION.what, run.evaluation.images)
+    job = EvaluationDataJob(source=source, models=models, max_image_pixels=config.data.max_image_pixels)
+    return evaluation_data(job, run)
+
+
+def _evaluate(
+    config: RunConfig,
+    run: RunContext,
+    questions: ArtifactRef | None,
+    role: Role,
+    policy: ArtifactRef,
+    label: str,
+    crop: ViewConfig | None = None,
+) -> list[Evaluation]:
+    if questions is None:
+        return []
+    job = EvaluateJob(
+        role=role,
+        policy=policy,
+        data=questions,
+        crop=crop,
+        prompt=config.prompt,
+        answer_pattern=config.evaluate.answer_pattern,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        engine=fingerprint(config.student if role == "student" else config.teacher),
+    )
+    return [Evaluation(label=label, ref=evaluate(job, run))]
+
+
+def _prune(run: RunContext, rounds: list[RoundRefs]) -> None:
+    states = [
+        found.ref
+        for done in rounds[-(NUM_KEPT_STATES + 1) * run.checkpoint_every :]
+        if (found := run.store.find(CheckpointJob.stage, CheckpointJob(train_key=done.train.key).key)) is not None
+    ]
+    for ref in states[:-NUM_KEPT_STATES]:
+        run.store.prune(ref)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the pipeline from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m flows.full_pipeline", description="Run the V-Zero pipeline.")
+    parser.add_argument("--config", type=Path, help="TOML configuration; without it the small world runs")
+    path = parser.parse_args(arguments).config
+    show_on_terminal()
+    started = time.monotonic()
+    try:
+        config = load_config(path) if path else LAPTOP
+        with prefect_server(PROJECT / ".vzero" / "prefect") as url:
+            print(f"dashboard while this runs: {url.removesuffix('/api')}", flush=True)
+            result = vzero(config)
+    except VZeroError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_result(result, time.monotonic() - started)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Effects: the stages of the pipeline as Prefect tasks, over adapters that each hold one vendor."""

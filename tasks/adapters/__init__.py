@@ -1,0 +1,1 @@
+"""One vendor, or vendor pair, a file; nothing here knows Prefect."""

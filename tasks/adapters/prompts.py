@@ -1,0 +1,91 @@
+"""Prompts as the model sees them: rendered text, token ids with expanded image tokens, pixels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from tasks.adapters.models import load_processor
+from tasks.config import PromptConfig
+from tasks.ports import Prompt
+from vzero_core.errors import InputError
+
+ModelInputs = dict[str, torch.Tensor]
+"""Keyword arguments of a model's forward for one prompt; the first dimension counts prompts, images or patches."""
+
+
+class PromptProcessor:
+    """Renders and encodes prompts for one model."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the processor of a model folder."""
+        self._processor = load_processor(folder)
+        self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
+
+    def special_tokens(self) -> set[str]:
+        """Give the texts that are special tokens; within a question they would change the prompt's structure."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+
+    def render(self, question: str, num_images: int, config: PromptConfig) -> str:
+        """Render a question with its images before it through the chat template.
+
+        Args:
+            question: fills the template's {question}.
+            num_images: 1 for the full image alone, 2 with a crop after it.
+            config: system message, template and chat-template arguments.
+        """
+        text = config.template.replace("{question}", question)
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+        content.append({"type": "text", "text": text})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if config.system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": config.system}]})
+        rendered: str = self._processor.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=config.enable_thinking,
+            **config.chat_template_args,
+        )
+        return rendered
+
+    def prompt(self, question: str, images: Sequence[Image.Image], config: PromptConfig) -> Prompt:
+        """Render a question with its images as a prompt."""
+        return Prompt(text=self.render(question, len(images), config), images=tuple(images))
+
+    def encode(self, prompt: Prompt) -> ModelInputs:
+        """Turn a prompt into a model's inputs, batch size 1.
+
+        Raises:
+            InputError: the text has another number of image placeholders than the prompt has images.
+        """
+        try:
+            encoded = self._processor(
+                text=[prompt.text], images=[list(prompt.images)], return_tensors="pt", add_special_tokens=False
+            )
+        except ValueError as error:
+            raise InputError(
+                f"prompt must have one image placeholder per image ({len(prompt.images)} images), but the processor "
+                f"says: {error}; check prompt.system, prompt.template and the question for image tokens"
+            ) from error
+        # One prompt has no padding, and a mask of ones would only cost time.
+        return {name: torch.as_tensor(value) for name, value in encoded.items() if name != "attention_mask"}
+
+
+def signature(inputs: ModelInputs) -> tuple[tuple[str, torch.Size], ...]:
+    """Give what must be equal in inputs that are stacked: all dimensions but the first."""
+    return tuple((name, tensor.shape[1:]) for name, tensor in sorted(inputs.items()))
+
+
+def stack(inputs: Sequence[ModelInputs]) -> ModelInputs:
+    """Stack inputs of equal signature to a batch, without any padding."""
+    return {name: torch.cat([item[name] for item in inputs]) for name in inputs[0]}
+
+
+def num_tokens(inputs: ModelInputs) -> int:
+    """Give the number of tokens of one encoded prompt, visual ones included."""
+    return inputs["input_ids"].shape[1]

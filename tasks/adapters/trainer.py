@@ -1,0 +1,329 @@
+"""The trainer: a job in, updated weights out.
+
+Between calls it holds the last policy's weights and optimizer state. Given a job on another policy it goes back to the
+nearest stored training state and repeats the rounds since then from their stored rollouts.
+"""
+
+import fnmatch
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tasks.adapters.dataset import Dataset
+from tasks.adapters.forward import can_share_prompt, response_logits
+from tasks.adapters.models import CONFIG_SUFFIXES, load_model, model_folder, weights_digest
+from tasks.adapters.prompts import PromptProcessor
+from tasks.adapters.store import Store
+from tasks.adapters.training_data import (
+    CheckpointJob,
+    TrainingRow,
+    TrainJob,
+    divergences,
+    micro_batches,
+    mini_batches,
+    read_training_rows,
+)
+from tasks.adapters.transformers_engine import end_of_turn_ids, pad_right
+from tasks.artifacts import ArtifactRef
+from tasks.config import EngineFingerprint, OptimizerConfig
+from vzero_core.config import ForwardKLTopKLoss
+from vzero_core.divergence import topk_with_rest
+from vzero_core.errors import InputError
+from vzero_core.losses import TopK, gated_distillation_loss
+from vzero_core.masking import at_least_float32, masked_sum
+
+log = logging.getLogger("vzero.trainer")
+
+POLICY = "policy.json"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a job made.
+
+    Attributes:
+        folder: local folder with model/ (a Hugging Face folder) and state/ (optimizer and counters).
+        policy: what names the new policy: digest of its weights, and how many updates led there.
+        summary: figures that follow from the job.
+        num_tokens: response tokens trained on, all epochs together.
+    """
+
+    folder: Path
+    policy: dict[str, Any]
+    summary: dict[str, Any]
+    num_tokens: int
+
+
+class Trainer:
+    """Holds the student while it learns; one method, `train`.
+
+    Weights and moments are float32 also where the arithmetic is bfloat16: an update is smaller than the gap between
+    two bfloat16 numbers, and would be lost.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: Dataset,
+        *,
+        student: str,
+        work_dir: Path,
+        device: str,
+        max_batch_tokens: int,
+    ) -> None:
+        """Set what does not depend on the round; nothing is loaded yet.
+
+        Args:
+            store: where rollouts, replays, weights and training states are read from.
+            dataset: samples and images.
+            student: path of the model that round 1 starts from.
+            work_dir: local folder for current weights.
+            device: torch device.
+            max_batch_tokens: tokens of one forward batch, counting the prompt once per response.
+        """
+        self._store = store
+        self._dataset = dataset
+        self._student = model_folder(student)
+        self._work_dir = work_dir
+        self._device = device
+        self._max_batch_tokens = max_batch_tokens
+        self._held: str | None = None
+        self._last: tuple[str, Update] | None = None
+        self._model: PreTrainedModel
+        self._processor: PromptProcessor
+        self._optimizer: torch.optim.AdamW
+        self._autocast: torch.autocast
+        self._pad_id = 0
+        self._num_updates = 0
+        self._shared = False
+
+    def train(self, job: TrainJob) -> Update:
+        """Make the policy that follows `job.policy`; a job done last costs nothing again.
+
+        Raises:
+            InputError: `optimizer.frozen` has a pattern without a parameter, or leaves none to train.
+            StoreError: an input or every training state on the way is missing or damaged.
+        """
+        if self._last is not None and self._last[0] == job.key:
+            return self._last[1]
+        self._hold(job)
+        update = self._apply(job)
+        self._last = (job.key, update)
+        return update
+
+    # --- what is held -------------------------------------------------------------------------------------------
+
+    def _hold(self, job: TrainJob) -> None:
+        """Bring model and optimizer to the state after `job.policy`."""
+        if self._held == job.policy.key:
+            return
+        self._held = None
+        pending: list[tuple[ArtifactRef, TrainJob]] = []
+        policy = job.policy
+        while policy.stage == TrainJob.stage:
+            checkpoint = self._store.find(CheckpointJob.stage, CheckpointJob(train_key=policy.key).key)
+            if checkpoint is not None and not checkpoint.pruned:
+                self._load_checkpoint(checkpoint.ref, job.engine)
+                break
+            earlier = TrainJob.model_validate(self._store.manifest(policy).job)
+            pending.append((policy, earlier))
+            policy = earlier.policy
+        else:
+            self._load(self._student, job.engine)
+        for policy, earlier in reversed(pending):
+            log.warning("repeating round %d: its weights are neither here nor in the store", earlier.round)
+            update = self._apply(earlier)
+            recorded = json.loads(self._store.read(policy, POLICY))
+            if update.policy != recorded:
+                log.warning("round %d: weights %s differ from the recorded %s", earlier.round, update.policy, recorded)
+        self._held = job.policy.key
+
+    def _load(self, folder: Path, engine: EngineFingerprint) -> None:
+        mixed = engine.dtype == "bfloat16"
+        self._model = load_model(folder, "float32" if mixed else engine.dtype, self._device)
+        self._autocast = torch.autocast(self._model.device.type, torch.bfloat16, enabled=mixed)
+        self._processor = PromptProcessor(folder)
+        self._pad_id = end_of_turn_ids(self._model.generation_config, self._processor)[0]
+        self._shared = can_share_prompt(self._model)
+        self._optimizer = torch.optim.AdamW(self._model.parameters())
+        self._num_updates = 0
+
+    def _load_checkpoint(self, ref: ArtifactRef, engine: EngineFingerprint) -> None:
+        folder = self._work_dir / f"resumed-{ref.key}"
+        if not folder.is_dir():
+            self._store.fetch(ref, "model", folder)
+        self._load(folder, engine)
+        self._num_updates = json.loads(self._store.read(ref, "state/progress.json"))["num_updates"]
+        moments = load(self._store.read(ref, "state/optimizer.safetensors"))
+        for name, parameter in self._model.named_parameters():
+            if f"{name}.exp_avg" in moments:
+                self._optimizer.state[parameter] = {
+                    key: moments[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+
+    def _save(self, folder: Path) -> None:
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "model").mkdir(parents=True)
+        for path in self._student.iterdir():
+            # The weights' index is not taken over: the new weights may be cut into other files.
+            if path.is_file() and path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
+                shutil.copy(path, partial / "model")
+        self._model.save_pretrained(partial / "model")
+        (partial / "state").mkdir()
+        moments = {
+            f"{name}.{key}": value.contiguous()
+            for name, parameter in self._model.named_parameters()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+        save_file(moments, partial / "state" / "optimizer.safetensors")
+        (partial / "state" / "progress.json").write_text(json.dumps({"num_updates": self._num_updates}))
+        # What lies there already is of an attempt that did not end, perhaps with other last bits.
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    # --- one round ----------------------------------------------------------------------------------------------
+
+    def _apply(self, job: TrainJob) -> Update:
+        self._configure(job.optimizer)
+        rows = read_training_rows(job, self._store, self._dataset, self._processor)
+        # From the first update on the state is neither the old policy's nor the new one's; a retry reloads.
+        self._held = None
+        old_logprobs, entropy = self._old_logprobs(rows)
+        summary = divergences(rows, old_logprobs, entropy)
+        losses, norms, skipped = [], [], 0
+        for epoch in range(job.optimizer.epochs):
+            for mini_batch in mini_batches(rows, job, epoch):
+                loss, norm = self._update(job, rows, mini_batch, old_logprobs)
+                skipped += norm is None
+                losses.append(loss)
+                norms.append(norm)
+        finite = [norm for norm in norms if norm is not None]
+        summary |= {
+            "loss": losses[0] if math.isfinite(losses[0]) else None,
+            "grad_norm": sum(finite) / len(finite) if finite else None,
+            "num_updates": self._num_updates,
+            "num_skipped_updates": skipped,
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+        }
+        folder = self._work_dir / f"policy-{job.key}"
+        self._save(folder)
+        policy = {"weights": weights_digest(self._model), "num_updates": self._num_updates}
+        self._held = job.key
+        self._forget_old(folder)
+        return Update(folder, policy, summary, job.optimizer.epochs * sum(len(row.token_ids) for row in rows))
+
+    def _configure(self, config: OptimizerConfig) -> None:
+        """Set what the job says of the optimizer, so that nothing of an earlier job stays in force."""
+        names = [name for name, _ in self._model.named_parameters()]
+        for rule in config.frozen:
+            if not fnmatch.filter(names, rule):
+                raise InputError(f"optimizer.frozen must name parameters, but {rule!r} fits none, such as {names[0]!r}")
+        frozen = {name for rule in config.frozen for name in fnmatch.filter(names, rule)}
+        if len(frozen) == len(names):
+            raise InputError(f"optimizer.frozen must leave parameters to train, got {config.frozen}; freeze fewer")
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        # A parameter without a gradient is passed over: neither moments nor weight decay touch it.
+        for group in self._optimizer.param_groups:
+            group.update(betas=config.betas, weight_decay=config.weight_decay)
+
+    def _forget_old(self, newest: Path) -> None:
+        # The one before stays: a run that comes again right after a crash may still want it.
+        others = [path for path in self._work_dir.glob("policy-*") if path != newest]
+        others.sort(key=lambda path: path.stat().st_mtime)
+        for path in (*others[:-1], *self._work_dir.glob("resumed-*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @torch.no_grad()
+    def _old_logprobs(self, rows: Sequence[TrainingRow]) -> tuple[dict[int, Tensor], float]:
+        """Log-probs of all responses under the policy as the round begins, and its mean entropy, nats."""
+        found: dict[int, Tensor] = {}
+        entropy = 0.0
+        for batch in micro_batches(rows, range(len(rows)), self._max_batch_tokens):
+            responses, mask = self._responses([rows[index] for index in batch])
+            logprobs = self._logits(rows, batch, responses).log_softmax(-1)
+            entropy += masked_sum(-(logprobs.exp() * logprobs).sum(-1), mask).sum().item()
+            own = logprobs.gather(-1, responses[..., None])[..., 0]
+            for position, index in enumerate(batch):
+                found[index] = own[position, : len(rows[index].token_ids)]
+        return found, entropy / sum(len(row.token_ids) for row in rows)
+
+    def _update(
+        self, job: TrainJob, rows: Sequence[TrainingRow], mini_batch: Sequence[int], old_logprobs: dict[int, Tensor]
+    ) -> tuple[float, float | None]:
+        """One optimizer step; gives the loss and the gradient's norm, None where the step was skipped."""
+        config = job.optimizer
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (self._num_updates + 1) / max(config.warmup_updates, 1))
+        self._optimizer.zero_grad(set_to_none=True)
+        num_tokens = sum(len(rows[index].token_ids) for index in mini_batch)
+        total = 0.0
+        for batch in micro_batches(rows, mini_batch, self._max_batch_tokens):
+            loss = self._loss(job, rows, batch, old_logprobs, len(mini_batch), num_tokens)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            log.warning("round %d: the gradient is not finite; this update is skipped", job.round)
+            return total, None
+        self._optimizer.step()
+        self._num_updates += 1
+        return total, norm.item()
+
+    def _loss(
+        self,
+        job: TrainJob,
+        rows: Sequence[TrainingRow],
+        batch: Sequence[int],
+        old_logprobs: dict[int, Tensor],
+        num_responses: int,
+        num_tokens: int,
+    ) -> Tensor:
+        chosen = [rows[index] for index in batch]
+        responses, mask = self._responses(chosen)
+        logits = self._logits(rows, batch, responses)
+        topk = None
+        if isinstance(job.loss, ForwardKLTopKLoss):
+            ids = self._pad([torch.tensor(row.topk_ids) for row in chosen])
+            policy_topk, policy_rest = topk_with_rest(logits, ids)
+            teacher_topk = self._pad([torch.tensor(row.topk_logprobs) for row in chosen])
+            topk = TopK(policy_logprobs=policy_topk, policy_rest=policy_rest, teacher_logprobs=teacher_topk)
+        weights = self._pad([torch.tensor(row.weights) for row in chosen])
+        return gated_distillation_loss(
+            job.loss,
+            policy_logprobs=logits.log_softmax(-1).gather(-1, responses[..., None])[..., 0],
+            teacher_logprobs=self._pad([torch.tensor(row.teacher_logprobs) for row in chosen]),
+            response_mask=mask,
+            weights=weights if weights.shape == mask.shape else weights[:, 0],
+            num_responses=num_responses,
+            num_tokens=num_tokens,
+            old_logprobs=self._pad([old_logprobs[index] for index in batch]),
+            topk=topk,
+        )
+
+    def _logits(self, rows: Sequence[TrainingRow], batch: Sequence[int], responses: Tensor) -> Tensor:
+        prompts = [rows[index].inputs for index in batch]
+        if self._shared:
+            prompts = list({rows[index].sample_id: rows[index].inputs for index in batch}.values())
+        with self._autocast:
+            return at_least_float32(response_logits(self._model, prompts, responses, shared=self._shared))
+
+    def _responses(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, Tensor]:
+        responses = pad_right([row.token_ids for row in rows], self._pad_id).to(self._device)
+        lengths = torch.tensor([len(row.token_ids) for row in rows], device=self._device)
+        return responses, torch.arange(responses.shape[1], device=self._device) < lengths[:, None]
+
+    def _pad(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True).to(self._device)

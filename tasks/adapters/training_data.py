@@ -1,0 +1,153 @@
+"""A round's training rows, and how they are cut into mini-batches and forward batches."""
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tasks.adapters.dataset import Dataset, by_id
+from tasks.adapters.prompts import ModelInputs, PromptProcessor, num_tokens, signature
+from tasks.adapters.store import Store
+from tasks.adapters.tables import read_rows
+from tasks.artifacts import ArtifactRef, Job, Replay, Rollout, Weight, digest_json
+from tasks.config import EngineFingerprint, OptimizerConfig, PromptConfig
+from vzero_core.config import Loss, Target
+from vzero_core.divergence import sampled_divergence
+
+ROLLOUTS, REPLAYS, WEIGHTS = "rollouts.parquet", "replay.parquet", "weights.parquet"
+
+
+class TrainJob(Job):
+    """One round of training."""
+
+    stage: ClassVar[str] = "train"
+
+    policy: ArtifactRef
+    samples: ArtifactRef
+    rollouts: tuple[ArtifactRef, ...]
+    replays: tuple[ArtifactRef, ...]
+    gate: ArtifactRef
+    prompt: PromptConfig
+    target: Target
+    loss: Loss
+    optimizer: OptimizerConfig
+    engine: EngineFingerprint
+    seed: int
+    round: int
+
+    @property
+    def title(self) -> str:
+        """How the run is called on the dashboard."""
+        return f"train, round {self.round}"
+
+
+class CheckpointJob(Job):
+    """The full training state after a round."""
+
+    stage: ClassVar[str] = "checkpoint"
+
+    train_key: str
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One response with all that the loss needs of it."""
+
+    sample_id: str
+    inputs: ModelInputs
+    token_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...]
+    teacher_logprobs: tuple[float, ...]
+    topk_ids: tuple[tuple[int, ...], ...]
+    topk_logprobs: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+
+def read_training_rows(job: TrainJob, store: Store, dataset: Dataset, processor: PromptProcessor) -> list[TrainingRow]:
+    """Join rollouts, replays and weights of a round; rows of one prompt share its encoded inputs."""
+    samples = by_id(dataset.samples(job.samples))
+    replays: dict[tuple[str, int], Replay] = {}
+    for ref in job.replays:
+        replays |= {(row.sample_id, row.index): row for row in read_rows(store.read(ref, REPLAYS), Replay)}
+    weights = {(row.sample_id, row.index): row for row in read_rows(store.read(job.gate, WEIGHTS), Weight)}
+    encoded: dict[str, ModelInputs] = {}
+    rows = []
+    for ref in job.rollouts:
+        for rollout in read_rows(store.read(ref, ROLLOUTS), Rollout):
+            if rollout.sample_id not in encoded:
+                _, sample = samples[rollout.sample_id]
+                prompt = processor.prompt(sample.question, [dataset.image(sample)], job.prompt)
+                encoded[rollout.sample_id] = processor.encode(prompt)
+            replay = replays[rollout.sample_id, rollout.index]
+            teacher = replay.logprobs_positive if job.target == "positive" else replay.logprobs_none
+            assert teacher is not None, "replay holds the target view"
+            assert len(teacher) == len(rollout.token_ids), "replay and rollout are of one response"
+            rows.append(
+                TrainingRow(
+                    sample_id=rollout.sample_id,
+                    inputs=encoded[rollout.sample_id],
+                    token_ids=rollout.token_ids,
+                    sampler_logprobs=rollout.logprobs,
+                    teacher_logprobs=teacher,
+                    topk_ids=replay.topk_ids or (),
+                    topk_logprobs=replay.topk_logprobs or (),
+                    weights=weights[rollout.sample_id, rollout.index].weights,
+                )
+            )
+    return rows
+
+
+def mini_batches(rows: Sequence[TrainingRow], job: TrainJob, epoch: int) -> list[list[int]]:
+    """Cut a round into mini-batches of whole groups; the order depends on seed, round and epoch alone."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[row.sample_id].append(index)
+    order = sorted(groups)
+    random.Random(int(digest_json([job.seed, job.round, epoch, "mini_batches"]), 16)).shuffle(order)
+    count = min(job.optimizer.mini_batches, len(order))
+    parts = [order[start::count] for start in range(count)]
+    return [[index for sample_id in part for index in groups[sample_id]] for part in parts]
+
+
+def micro_batches(rows: Sequence[TrainingRow], indices: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Cut rows into forward batches: whole groups of prompts that can be stacked, within the token budget."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index in indices:
+        groups[rows[index].sample_id].append(index)
+    stacks: dict[object, list[list[int]]] = defaultdict(list)
+    for members in groups.values():
+        stacks[signature(rows[members[0]].inputs), len(members)].append(members)
+    batches = []
+    for same in stacks.values():
+        batch: list[int] = []
+        for members in same:
+            if batch and _cost(rows, [*batch, *members]) > max_batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch = [*batch, *members]
+        batches.append(batch)
+    return batches
+
+
+def _cost(rows: Sequence[TrainingRow], batch: Sequence[int]) -> int:
+    longest = max(len(rows[index].token_ids) for index in batch)
+    return len(batch) * (num_tokens(rows[batch[0]].inputs) + longest)
+
+
+def divergences(rows: Sequence[TrainingRow], old_logprobs: dict[int, Tensor], entropy: float) -> dict[str, Any]:
+    """Give how far policy, teacher and sampler are apart on a round's responses as the round begins, in nats."""
+    policy = torch.cat([old_logprobs[index].cpu() for index in range(len(rows))])
+    teacher = torch.tensor([value for row in rows for value in row.teacher_logprobs])
+    sampler = torch.tensor([value for row in rows for value in row.sampler_logprobs])
+    difference = (policy - sampler).abs()
+    return {
+        "divergence_k1": sampled_divergence(policy, teacher, "k1").mean().item(),
+        "divergence_k3": sampled_divergence(policy, teacher, "k3").mean().item(),
+        "entropy": entropy,
+        "sampler_difference_mean": difference.mean().item(),
+        "sampler_difference_max": difference.max().item(),
+    }

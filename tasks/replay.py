@@ -1,0 +1,111 @@
+"""Stage: the teacher's log-probs of every response token, under each view that gate and loss need."""
+
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from PIL import Image
+
+from tasks.adapters.dataset import by_id, open_png
+from tasks.adapters.store import Outcome
+from tasks.adapters.tables import read_rows, write_rows
+from tasks.adapters.training_data import REPLAYS, ROLLOUTS
+from tasks.artifacts import ArtifactRef, Job, Replay, Rollout
+from tasks.config import EngineFingerprint, PromptConfig
+from tasks.ports import ReplayRequest, ResponseScores
+from tasks.stage import RunContext, stage
+from vzero_core.config import Target, View
+
+
+class ReplayJob(Job):
+    """Replay the responses of a shard."""
+
+    stage: ClassVar[str] = "replay"
+
+    teacher: ArtifactRef
+    rollouts: ArtifactRef
+    views: ArtifactRef
+    prompt: PromptConfig
+    replayed: tuple[View, ...]
+    target: Target
+    top_k: int
+    engine: EngineFingerprint
+    round: int
+    shard: int
+    num_shards: int
+
+    @property
+    def title(self) -> str:
+        """How the run is called on the dashboard."""
+        return f"replay, round {self.round}" + (f", shard {self.shard}" if self.num_shards > 1 else "")
+
+
+@stage(ReplayJob)
+def replay(job: ReplayJob, context: RunContext, folder: Path) -> Outcome:
+    """Teacher-force each response after the same text and full image; only the extra crop differs."""
+    groups: dict[str, list[Rollout]] = {}
+    for row in read_rows(context.store.read(job.rollouts, ROLLOUTS), Rollout):
+        groups.setdefault(row.sample_id, []).append(row)
+    engine = context.engines.teacher()
+    scores: dict[View, list[list[ResponseScores]]] = {}
+    started = time.perf_counter()
+    with context.progress(job.title, len(groups) * len(job.replayed)) as advance:
+        for view in job.replayed:
+            requests = _requests(job, context, view, groups)
+            scores[view] = engine.score(requests, top_k=job.top_k if view == job.target else 0, advance=advance)
+    seconds = time.perf_counter() - started
+    rows = [
+        _row(rollout, {view: scores[view][group][position] for view in job.replayed}, job)
+        for group, members in enumerate(groups.values())
+        for position, rollout in enumerate(members)
+    ]
+    write_rows(folder / REPLAYS, rows, Replay)
+    num_tokens = sum(len(row.max_logprobs) for row in rows)
+    return Outcome(
+        summary={"num_tokens": num_tokens, "mean_logprob": _mean_logprobs(rows)},
+        measured={"tokens_per_second": len(job.replayed) * num_tokens / seconds},
+    )
+
+
+def _requests(job: ReplayJob, context: RunContext, view: View, groups: dict[str, list[Rollout]]) -> list[ReplayRequest]:
+    samples = by_id(context.dataset.samples(job.views))
+    requests = []
+    for sample_id, members in groups.items():
+        position, sample = samples[sample_id]
+        images: list[Image.Image] = [context.dataset.image(sample)]
+        if view != "none":
+            crops = context.dataset.views(job.views, sample_id, position)
+            images.append(open_png(crops.positive_png if view == "positive" else crops.negative_png))
+        prompt = context.engines.renderer.prompt(sample.question, images, job.prompt)
+        requests.append(ReplayRequest(prompt=prompt, responses=tuple(row.token_ids for row in members)))
+    return requests
+
+
+def _row(rollout: Rollout, scores: dict[View, ResponseScores], job: ReplayJob) -> Replay:
+    logprobs: dict[View, tuple[float, ...]] = {view: _floats(score.logprobs) for view, score in scores.items()}
+    target = scores[job.target]
+    return Replay(
+        sample_id=rollout.sample_id,
+        index=rollout.index,
+        logprobs_positive=logprobs.get("positive"),
+        logprobs_negative=logprobs.get("negative"),
+        logprobs_none=logprobs.get("none"),
+        max_logprobs=_floats(target.max_logprobs),
+        topk_ids=tuple(tuple(ids) for ids in target.topk_ids.tolist()) if job.top_k else None,
+        topk_logprobs=tuple(tuple(values) for values in target.topk_logprobs.tolist()) if job.top_k else None,
+    )
+
+
+def _floats(tensor: torch.Tensor) -> tuple[float, ...]:
+    return tuple(tensor.tolist())
+
+
+def _mean_logprobs(rows: list[Replay]) -> dict[str, float]:
+    """Mean log-prob of the responses' tokens under each view, nats: the teacher's support."""
+    means = {}
+    for view in ("positive", "negative", "none"):
+        values = [value for row in rows for value in getattr(row, f"logprobs_{view}") or ()]
+        if values:
+            means[view] = sum(values) / len(values)
+    return means
