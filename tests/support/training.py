@@ -1,6 +1,6 @@
 """A small store with everything that rounds of training read: samples, responses, replays and weights, all random."""
 
-from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ GROUP_SIZES = {"a": 3, "b": 2, "c": 3, "d": 3}
 LENGTHS = (4, 1, 6, 2, 5)
 SHARDS = (("a", "b"), ("c", "d"))
 TOP_K = 4
+TOP_K_LOSS = ForwardKLTopKLoss(k=TOP_K)
 K2 = SampledLoss(estimator="k2")
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_updates=4, mini_batches=2)
 
@@ -123,7 +124,7 @@ class TrainingWorld:
     ) -> tuple[tuple[ArtifactRef, ...], tuple[ArtifactRef, ...], ArtifactRef]:
         random = torch.Generator().manual_seed(number)
         rollouts, replays, weights = [], [], []
-        lengths = _cycle(LENGTHS)
+        lengths = cycle(LENGTHS)
         for shard, names in enumerate(SHARDS):
             rows = [
                 self._rollout(name, index, next(lengths), number, random)
@@ -180,12 +181,3 @@ class TrainingWorld:
     def _no_policy(self, folder: Path) -> Outcome:
         (folder / "policy.json").write_text("{}")
         return Outcome()
-
-
-def _cycle(values: tuple[int, ...]) -> Iterator[int]:
-    while True:
-        yield from values
-
-
-TOP_K_LOSS = ForwardKLTopKLoss(k=TOP_K)
-MakeWorld = Callable[..., TrainingWorld]
