@@ -39,11 +39,11 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "V-Zero is tested with Python 3.11; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "setting up $(VENV), once: about two minutes and 2 GB"
+	@echo "setting up $(VENV), once: some three minutes and 2 GB"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 		$(if $(VZERO_TORCH_INDEX),--index-url $(VZERO_TORCH_INDEX)) torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@mkdir -p $(PREFECT_HOME)
 	@$(OWN_PREFECT) $(BIN)/prefect server database upgrade -y > .vzero/database.log 2>&1 || { cat .vzero/database.log; exit 1; }
 	@touch $@

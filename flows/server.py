@@ -77,9 +77,6 @@ def _running(home: Path, port: int, url: str) -> Iterator[None]:
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # A connection that the server closes just as the client uses it again costs the client a pause of 2 s; the
-        # default, 5 s, is as long as the client remembers that a tag has no limit, so the two meet all the time.
-        "PREFECT_SERVER_API_KEEPALIVE_TIMEOUT": "600",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]

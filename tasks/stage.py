@@ -91,7 +91,6 @@ def stage(
         make_task = task(
             name=job_type.stage.replace("_", " "),
             task_run_name="{job.title}",
-            tags=[f"stage: {job_type.stage}"],
             cache_key_fn=_cache_key,
             persist_result=True,
             result_serializer="json",

@@ -217,6 +217,8 @@ class Trainer:
             "num_skipped_updates": skipped,
             "learning_rate": self._optimizer.param_groups[0]["lr"],
         }
+        # Until the next round the device's room is the engine's.
+        self._optimizer.zero_grad(set_to_none=True)
         folder = self._work_dir / f"policy-{job.key}"
         self._save(folder)
         policy = {"weights": weights_digest(self._model), "num_updates": self._num_updates}

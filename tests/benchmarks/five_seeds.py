@@ -20,9 +20,7 @@ def main() -> None:
     print("| seed | before | after | gain |\n|---|---|---|---|", flush=True)
     with prefect_server(PROJECT / ".vzero" / "prefect"):
         for seed in seeds:
-            config = RunConfig.model_validate(
-                {"name": "five-seeds", "seed": seed, "data": {"source": {"seed": seed}}}
-            )
+            config = RunConfig.model_validate({"name": "five-seeds", "seed": seed, "data": {"source": {"seed": seed}}})
             scores = vzero(config).scores
             before, after = scores[0].accuracy, scores[-1].accuracy
             gains.append(after - before)

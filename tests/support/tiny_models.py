@@ -47,7 +47,9 @@ QWEN_TEMPLATE = """\
     {%- endfor -%}
     {%- endif %}<|im_end|>
 {%- endfor -%}
-{%- if add_generation_prompt %}<|im_start|> assistant {% if enable_thinking %}thinking{% endif %}{% endif -%}
+{%- if add_generation_prompt -%}
+    <|im_start|> assistant {% if enable_thinking %}thinking {% endif %}{{ suffix }}
+{%- endif -%}
 """
 
 IDEFICS_TILE = 16

@@ -1,0 +1,210 @@
+"""The engine in the box: what may be sampled, how responses end, and how it takes new weights."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.plain import allowed_ids, prompts, words
+from support.tiny_models import FAMILIES, save_tiny_model
+
+from tasks.adapters.transformers_engine import TransformersEngine, banned_ids, end_of_turn_ids
+from tasks.ports import ReplayRequest, Response, SamplingRequest
+from vzero_core.errors import InputError
+
+LOVE = 100.0
+"""Added to a logit: more than any difference between two of them."""
+
+
+def nothing(_: int) -> None:
+    pass
+
+
+def start(folder: Path, digest: str = "initial") -> TransformersEngine:
+    return TransformersEngine(folder, digest, dtype="float32", device="cpu", max_batch_tokens=100_000)
+
+
+def sample(engine: TransformersEngine, *, temperature: float = 1.0, max_new_tokens: int = 6) -> list[Response]:
+    requests = [
+        SamplingRequest(prompt, tuple(range(100 * number, 100 * number + 40)))
+        for number, prompt in enumerate(prompts(engine.processor, [(16, 16), (24, 16)], 2))
+    ]
+    groups = engine.sample(requests, temperature=temperature, max_new_tokens=max_new_tokens, advance=nothing)
+    return list(chain(*groups))
+
+
+def bias(engine: TransformersEngine, token_ids: Sequence[int], by: float) -> None:
+    """Make the model love or shun tokens, wherever it stands."""
+
+    def add(_: object, __: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_add(-1, torch.tensor(token_ids), torch.full((*logits.shape[:-1], len(token_ids)), by))
+
+    engine._model.get_output_embeddings().register_forward_hook(add)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_never_appear(family: str, temperature: float, folders: dict[str, Path]) -> None:
+    """Also where the model wants nothing else, and rows of the vocabulary that have no token."""
+    engine = start(folders[family])
+    allowed = set(allowed_ids(folders[family]).tolist())
+    vocabulary = engine._model.config.get_text_config().vocab_size
+    unwanted = sorted(set(range(vocabulary)) - allowed)
+    image_id = engine._model.config.image_token_id
+    assert image_id in unwanted
+    assert vocabulary - 1 in unwanted
+    bias(engine, [image_id], LOVE)
+    bias(engine, unwanted, LOVE / 2)
+    sampled = [token for response in sample(engine, temperature=temperature) for token in response.token_ids]
+    assert len(sampled) >= 80
+    assert set(sampled) <= allowed
+
+
+def test_end_of_turn_ends_a_response_and_is_part_of_it(folders: dict[str, Path]) -> None:
+    engine = start(folders["qwen3_vl"])
+    ends = json.loads((folders["qwen3_vl"] / "generation_config.json").read_text())["eos_token_id"]
+    assert len(ends) == 2
+    bias(engine, ends, 1.0)
+    longest = 3
+    responses = sample(engine, max_new_tokens=longest)
+    for response in responses:
+        assert len(response.logprobs) == len(response.token_ids)
+        assert not {*response.token_ids[:-1]} & {*ends}
+        assert response.truncated == (response.token_ids[-1] not in ends)
+        assert len(response.token_ids) == longest or not response.truncated
+        assert not any(token in response.text for token in ("<|im_end|>", "<|endoftext|>"))
+        assert response.text.split() == engine.processor.tokenizer.convert_ids_to_tokens(
+            [token for token in response.token_ids if token not in ends]
+        )
+    assert {response.token_ids[-1] for response in responses if not response.truncated} == {*ends}
+    found = {(len(response.token_ids), response.truncated) for response in responses}
+    assert found == {(1, False), (2, False), (3, False), (3, True)}
+
+
+def test_a_batch_whose_responses_all_end_stops(folders: dict[str, Path]) -> None:
+    engine = start(folders["qwen3_vl"])
+    (end, *_) = engine._eos_ids
+    bias(engine, [end], LOVE)
+    steps: list[object] = []
+    engine._model.register_forward_hook(lambda *_: steps.append(None))
+    for response in sample(engine, max_new_tokens=20):
+        assert response.token_ids == (end,)
+        assert not response.truncated
+        assert response.text == ""
+    assert len(steps) == 1
+
+
+def test_end_of_turn_comes_from_the_generation_config_or_the_tokenizer(folders: dict[str, Path]) -> None:
+    engine = start(folders["qwen3_vl"])
+    generation = engine._model.generation_config
+    tokenizer = engine.processor.tokenizer
+    assert end_of_turn_ids(generation, engine.processor) == tuple(generation.eos_token_id)
+    generation.eos_token_id = 7
+    assert end_of_turn_ids(generation, engine.processor) == (7,)
+    generation.eos_token_id = None
+    assert end_of_turn_ids(generation, engine.processor) == (tokenizer.eos_token_id,)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="end-of-turn"):
+        end_of_turn_ids(generation, engine.processor)
+
+
+def test_a_token_beyond_the_vocabulary_is_not_banned(folders: dict[str, Path]) -> None:
+    """A tokenizer may know more tokens than the model has rows."""
+    engine = start(folders["qwen3_vl"])
+    engine.processor.tokenizer.add_special_tokens(
+        {"additional_special_tokens": [f"<extra {number}>" for number in range(5)]}
+    )
+    banned = banned_ids(engine._model.config, engine.processor, engine._eos_ids)
+    assert max(banned) < engine._model.config.get_text_config().vocab_size
+
+
+# --- new weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with another model of a family, of equal shape."""
+    root = tmp_path_factory.mktemp("others")
+
+    def make(family: str) -> Path:
+        folder = root / family
+        return folder if folder.is_dir() else save_tiny_model(family, folder, seed=1)
+
+    return make
+
+
+def scores(engine: TransformersEngine) -> torch.Tensor:
+    requests = [
+        ReplayRequest(prompt, (words(engine.processor, 5, 0), words(engine.processor, 3, 1)))
+        for prompt in prompts(engine.processor, [(24, 16)], 2)
+    ]
+    return torch.cat([score.logprobs for group in engine.score(requests, top_k=0, advance=nothing) for score in group])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_weights_are_those_of_a_fresh_engine(
+    family: str, folders: dict[str, Path], others: Callable[[str], Path]
+) -> None:
+    engine = start(folders[family])
+    before = scores(engine)
+    engine.load_weights(others(family), "other")
+    after = scores(engine)
+    assert (after - before).abs().max() > 0.1
+    assert torch.equal(after, scores(start(others(family))))
+    engine.load_weights(folders[family], "initial")
+    assert torch.equal(scores(engine), before)
+
+
+def test_the_digest_that_is_held_is_no_work(folders: dict[str, Path], others: Callable[[str], Path]) -> None:
+    engine = start(folders["qwen3_vl"])
+    engine.load_weights(Path("no such folder"), "initial")
+    engine.load_weights(others("qwen3_vl"), "other")
+    engine.load_weights(Path("no such folder"), "other")
+    assert torch.equal(scores(engine), scores(start(others("qwen3_vl"))))
+
+
+NAME = "model.language_model.layers.1.mlp.down_proj.weight"
+
+
+def without_tensor(weights: dict[str, torch.Tensor]) -> None:
+    del weights[NAME]
+
+
+def with_another_shape(weights: dict[str, torch.Tensor]) -> None:
+    weights[NAME] = weights[NAME][:-1].clone()
+
+
+@pytest.mark.parametrize("damage", [without_tensor, with_another_shape])
+def test_weights_that_do_not_fit_are_refused_and_the_next_ones_are_taken(
+    damage: Callable[[dict[str, torch.Tensor]], None],
+    folders: dict[str, Path],
+    others: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    bad = shutil.copytree(others("qwen3_vl"), tmp_path / "bad")
+    weights = load_file(bad / "model.safetensors")
+    damage(weights)
+    save_file(weights, bad / "model.safetensors", metadata={"format": "pt"})
+    engine = start(folders["qwen3_vl"])
+    before = scores(engine)
+    with pytest.raises(InputError, match=NAME):
+        engine.load_weights(bad, "bad")
+    assert torch.equal(scores(engine), before)
+    with pytest.raises(InputError, match=NAME):
+        engine.load_weights(bad, "bad")
+    engine.load_weights(others("qwen3_vl"), "other")
+    assert torch.equal(scores(engine), scores(start(others("qwen3_vl"))))
+
+
+def test_weights_of_another_architecture_are_refused(folders: dict[str, Path]) -> None:
+    engine = start(folders["qwen3_vl"])
+    with pytest.raises(InputError, match="those of the model that the engine started with"):
+        engine.load_weights(folders["qwen2_5_vl"], "other")
+    engine.load_weights(folders["qwen3_vl"], "initial")
