@@ -86,11 +86,6 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.student.dtype != "float32":
-            raise ValueError(
-                f"student.dtype must be float32, got {self.student.dtype}: it is trained in its own type, and updates of "
-                "1e-6 are lost to the rounding of bfloat16"
-            )
         if self.optimizer.mini_batches > self.rounds.prompts_per_round:
             raise ValueError(
                 f"optimizer.mini_batches must be at most rounds.prompts_per_round, got {self.optimizer.mini_batches} "

@@ -53,7 +53,9 @@ class ModelConfig(Settings):
     """A Hugging Face model folder."""
 
     path: str = Field(description="Folder with config.json, safetensors, tokenizer and image processor.")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Arithmetic of the model.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Arithmetic; in bfloat16, training keeps weights and moments in float32."
+    )
 
 
 class PromptConfig(Settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -127,10 +128,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def prompt_ids(question: str, image_tokens: tuple[int, ...]) -> tuple[int, ...]:
     """Render a question with the chat template and expand each image to its tokens, as inference does."""
     tokenizer = _tokenizer()
-    content = [{"type": "image"} for _ in image_tokens] + [{"type": "text", "text": question}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    content: list[Any] = [{"type": "image"} for _ in image_tokens] + [{"type": "text", "text": question}]
+    messages: Any = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     head, *tails = str(text).split(IMAGE_PAD)
     text = head + "".join(IMAGE_PAD * number + tail for number, tail in zip(image_tokens, tails, strict=True))
     return tuple(tokenizer(text, add_special_tokens=False).input_ids)
@@ -161,13 +161,14 @@ def logits_of(
         torch.cat([view.last for view in views], 1),
         [torch.cat(levels, 1) for levels in zip(*(view.deep for view in views), strict=True)],
     )
+    # The class says one tensor, the model takes one per image.
+    pictures: Any = list(merged.last)
+    levels: Any = [list(level) for level in merged.deep]
     output = model(
         input_ids=ids,
         position_ids=positions.expand(3, len(ids), -1),
         mm_encoder_outputs={
-            "image": BaseModelOutputWithDeepstackFeatures(
-                pooler_output=list(merged.last), deepstack_features=[list(level) for level in merged.deep]
-            )
+            "image": BaseModelOutputWithDeepstackFeatures(pooler_output=pictures, deepstack_features=levels)
         },
         use_cache=False,
         logits_to_keep=keep,
@@ -221,7 +222,7 @@ def alignment(
     Returns:
         The loss, and the accuracy in each group.
     """
-    words = model.get_input_embeddings().weight
+    words = cast(torch.Tensor, model.get_input_embeddings().weight)
     used = labels[..., 0] != IGNORED
     tokens, wanted = features.last[used], labels[used]
     loss, accuracies = torch.zeros(()), []

@@ -53,7 +53,7 @@ def greedy(model: Qwen3VLForConditionalGeneration, view: str, count: int) -> lis
         prompt_length = ids.shape[1]
         for _ in range(RESPONSE_TOKENS):
             ids = torch.cat([ids, logits_of(model, ids, views, 1)[:, -1].argmax(-1, keepdim=True)], 1)
-        answers += [tokenizer.convert_ids_to_tokens(row) for row in ids[:, prompt_length:].tolist()]
+        answers += [[*tokenizer.convert_ids_to_tokens(row)] for row in ids[:, prompt_length:].tolist()]
     return answers
 
 

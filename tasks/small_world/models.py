@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -97,7 +98,8 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
 def build_config() -> Qwen3VLConfig:
     """Build the configuration shared by student and teacher (under half a million parameters)."""
     tokenizer = build_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = tokenizer.get_vocab()
+    ends: dict[str, Any] = {"eos_token_id": ids[EOS], "pad_token_id": ids[PAD]}
     return Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -138,8 +140,7 @@ def build_config() -> Qwen3VLConfig:
         vision_start_token_id=ids[VISION_START],
         vision_end_token_id=ids[VISION_END],
         tie_word_embeddings=True,
-        eos_token_id=ids[EOS],
-        pad_token_id=ids[PAD],
+        **ends,
     )
 
 

@@ -164,10 +164,12 @@ def downsample(detail: Pixels) -> npt.NDArray[np.float32]:
     for dy in range(SCALE):
         for dx in range(SCALE):
             total += detail[..., dy::SCALE, dx::SCALE, :]
-    return total.astype(np.float32) / SCALE**2
+    return total.astype(np.float32) / np.float32(SCALE**2)
 
 
-def add_noise(pixels: npt.NDArray[np.generic], sigma: float, rng: np.random.Generator) -> Pixels:
+def add_noise(
+    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32], sigma: float, rng: np.random.Generator
+) -> Pixels:
     """Add Gaussian noise of the given sigma, independent in each pixel and channel, and clip to 0..255."""
     noise = rng.standard_normal(pixels.shape, dtype=np.float32)
     noise *= sigma
@@ -192,7 +194,7 @@ def make_sample(seed: int, split: str, index: int) -> Sample:
         index: position in the split.
 
     Returns:
-        The sample; its region is xyxy in absolute pixels of the picture and scales by SCALE to the window of the detail.
+        The sample; its region is xyxy in pixels of the picture, and scales by SCALE to the window of the detail.
     """
     rng = generator(seed, split, index, "scene")
     objects = draw_objects(rng)
