@@ -74,7 +74,7 @@ def make_terminal() -> ProgressBars | ProgressLines:
 
 def show_on_terminal() -> None:
     """Let this project's warnings through to the terminal, and leave Prefect's log to the dashboard."""
-    for handler in logging.getLogger("prefect").handlers:
+    for handler in logging.getLogger().handlers:
         if isinstance(handler, PrefectConsoleHandler):
             handler.setLevel(logging.CRITICAL + 1)
     handler = logging.StreamHandler()

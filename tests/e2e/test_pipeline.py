@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterName
+from prefect.client.schemas.sorting import FlowRunSort
 from support.runs import small_config, start
 
 from flows.full_pipeline import vzero
@@ -161,14 +163,14 @@ def test_the_variants_run(prefect_api: str, tmp_path: Path, change: dict[str, ob
 
 
 def test_the_dashboard_shows_stages_rounds_and_tables(first: tuple[Path, RunResult]) -> None:
+    named = FlowRunFilter(name=FlowRunFilterName(any_=["small, seed 0"]))
     with get_client(sync_client=True) as client:
-        (run,) = [run for run in client.read_flow_runs() if run.name == "small, seed 0"][-1:]
-        tasks = {task.name: task for task in client.read_task_runs() if task.flow_run_id == run.id}
-        tables = [artifact for artifact in client.read_artifacts() if artifact.key == "round"]
-    assert {"validate", "views", "rollouts, round 1", "replay, round 2", "gate, round 3", "train, round 3"} <= set(
-        tasks
-    )
-    assert "Round 3" in {table.description for table in tables}
+        run = client.read_flow_runs(flow_run_filter=named, sort=FlowRunSort.START_TIME_ASC)[0]
+        mine = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+        tasks = {task.name for task in client.read_task_runs(flow_run_filter=mine)}
+        tables = {artifact.description for artifact in client.read_artifacts(flow_run_filter=mine)}
+    assert {"validate", "views", "rollouts, round 1", "replay, round 2", "gate, round 3", "train, round 3"} <= tasks
+    assert {"Round 1", "Round 2", "Round 3"} <= tables
 
 
 MOMENTS = {
