@@ -156,7 +156,7 @@ class PlacementConfig(Settings):
 
     student_device: str = Field(default="cpu", description="Rollouts, evaluation and training.")
     teacher_device: str = Field(default="cpu", description="Replay.")
-    threads: int = Field(default=2, ge=1, description="CPU threads; another number may change the last bits.")
+    threads: int = Field(default=1, ge=1, description="CPU threads; another number may change the last bits.")
     max_batch_tokens: int = Field(default=16_384, ge=1, description="Tokens of a forward batch, padding included.")
     work_dir: str = Field(default=".vzero/work", description="Scratch: data of the small world, current weights.")
 
