@@ -8,19 +8,20 @@ BIN := $(VENV)/bin
 # without it, pip takes the build that the package index serves for this platform.
 VZERO_TORCH_INDEX ?=
 PREFECT_HOME := $(CURDIR)/.vzero/prefect
-# The project's own Prefect home: nobody's profile is read or changed.
-OWN_PREFECT := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME)
+# The project's own homes: nobody's profile is read or changed.
+OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME) \
+	MPLCONFIGDIR=$(CURDIR)/.vzero/matplotlib
 
 .PHONY: demo test test-slow small-world five-seeds lint setup clean
 
 demo: setup
-	@$(OWN_PREFECT) $(BIN)/python -m flows.full_pipeline
+	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
 
 test: setup lint
-	@$(OWN_PREFECT) $(BIN)/python -m pytest -m "not slow"
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "not slow"
 
 test-slow: setup
-	@$(OWN_PREFECT) $(BIN)/python -m pytest -m slow
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m slow
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -32,7 +33,7 @@ small-world: setup
 	@$(BIN)/python -m tasks.small_world.make_models
 
 five-seeds: setup
-	@$(OWN_PREFECT) $(BIN)/python tests/benchmarks/five_seeds.py
+	@$(OWN_HOMES) $(BIN)/python tests/benchmarks/five_seeds.py
 
 setup: $(VENV)/ready
 
@@ -45,7 +46,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 		$(if $(VZERO_TORCH_INDEX),--index-url $(VZERO_TORCH_INDEX)) torch==2.13.0
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@mkdir -p $(PREFECT_HOME)
-	@$(OWN_PREFECT) $(BIN)/prefect server database upgrade -y > .vzero/database.log 2>&1 || { cat .vzero/database.log; exit 1; }
+	@$(OWN_HOMES) $(BIN)/prefect server database upgrade -y > .vzero/database.log 2>&1 || { cat .vzero/database.log; exit 1; }
 	@touch $@
 
 clean:
