@@ -47,7 +47,7 @@ def test_no_planted_answer_reaches_the_training_side(planted: Path, prefect_api:
         "path": str(planted / "data" / "train.jsonl"),
         "evaluation_path": str(planted / "data" / "eval.jsonl"),
     }
-    result = vzero(small_config(planted, data={"source": source}, rounds={"num_rounds": 2}))
+    result = vzero(small_config(planted, name="planted", data={"source": source}, rounds={"num_rounds": 2}))
     found: dict[str, set[str]] = {}
     for path in (planted / "store").rglob("*"):
         if path.is_file():
