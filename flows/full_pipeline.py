@@ -233,6 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     except VZeroError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     print_result(result, time.monotonic() - started)
     return 0
 
