@@ -11,7 +11,7 @@ from PIL import Image
 
 from tasks.adapters.charts import Chart, Line, draw, drawable, format_value
 from tasks.adapters.dataset import SAMPLES, Dataset, SampleViews, to_png, views_file
-from tasks.adapters.gallery import choose_prompts
+from tasks.adapters.gallery import PromptCard, choose_prompts
 from tasks.adapters.images import ImageReader
 from tasks.adapters.store import Outcome, Store
 from tasks.adapters.tables import write_rows
@@ -362,9 +362,9 @@ def test_headline_and_data_summary(page: str) -> None:
     assert "<dd>answer</dd>" in page, "the field that was never read"
 
 
-def test_prompts_that_differ_most_come_first(run: Run) -> None:
+def first_cards(run: Run, count: int) -> list[PromptCard]:
     first = run.job.rounds[0]
-    cards = choose_prompts(
+    return choose_prompts(
         run.store,
         run.dataset,
         round_number=1,
@@ -373,8 +373,12 @@ def test_prompts_that_differ_most_come_first(run: Run) -> None:
         replays=first.replays,
         weights=first.gate,
         gate=run.gate,
-        count=2,
+        count=count,
     )
+
+
+def test_prompts_that_differ_most_come_first(run: Run) -> None:
+    cards = first_cards(run, 2)
     assert [card.sample_id for card in cards] == ["hostile", "plain"]
     assert cards[0].spread == pytest.approx({"contrastive": 0.5, "prefix_trust": 0.1, "off": 0.25}[run.gate.kind])
     assert [row.weight for row in cards[0].responses] == sorted(
@@ -385,18 +389,7 @@ def test_prompts_that_differ_most_come_first(run: Run) -> None:
 
 
 def test_boxes_are_scaled_from_their_own_frames(run: Run) -> None:
-    first = run.job.rounds[0]
-    (card,) = choose_prompts(
-        run.store,
-        run.dataset,
-        round_number=1,
-        views=run.views,
-        rollouts=first.rollouts,
-        replays=first.replays,
-        weights=first.gate,
-        gate=run.gate,
-        count=1,
-    )
+    (card,) = first_cards(run, 1)
     # Image 40 x 20, its detail 80 x 40, the downsampled frame 20 x 10: one field of view.
     assert (card.region.x, card.region.y, card.region.width, card.region.height) == (10, 20, 10, 20)
     assert (card.positive_box.x, card.positive_box.y, card.positive_box.width) == (5, 10, 10)
