@@ -12,13 +12,16 @@ PREFECT_HOME := $(CURDIR)/.vzero/prefect
 OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME) \
 	MPLCONFIGDIR=$(CURDIR)/.vzero/matplotlib
 
-.PHONY: demo test test-slow small-world five-seeds lint setup clean
+.PHONY: demo test test-s3 test-slow small-world five-seeds lint setup clean
 
 demo: setup
 	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
 
 test: setup lint
-	@$(OWN_HOMES) $(BIN)/python -m pytest -m "not slow"
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "not slow and not s3"
+
+test-s3: setup
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "s3 and not slow"
 
 test-slow: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m slow

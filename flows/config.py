@@ -15,8 +15,10 @@ from tasks.config import (
     EvaluateConfig,
     ModelConfig,
     OptimizerConfig,
+    OutputsConfig,
     PlacementConfig,
     PromptConfig,
+    RegionsConfig,
     ReplayConfig,
     RoundsConfig,
     SamplingConfig,
@@ -55,6 +57,7 @@ class RunConfig(Settings):
         ),
         description="How the relevant and the irrelevant crop are cut.",
     )
+    regions: RegionsConfig = Field(default=RegionsConfig(), description="Where regions come from.")
     student: ModelConfig = Field(default=ModelConfig(path=f"{EMBEDDED}student"), description="The model that learns.")
     teacher: ModelConfig = Field(default=ModelConfig(path=f"{EMBEDDED}teacher"), description="The model that replays.")
     prompt: PromptConfig = Field(default=PromptConfig(), description="How a question becomes a prompt.")
@@ -70,6 +73,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="When the full state is stored.")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="How accuracy is measured.")
     store: StoreConfig = Field(default=StoreConfig(), description="Where artefacts live.")
+    outputs: OutputsConfig = Field(default=OutputsConfig(), description="Versions of the outputs in lakeFS.")
     placement: PlacementConfig = Field(default=PlacementConfig(), description="Devices and scratch; changes no result.")
 
     @model_validator(mode="before")
@@ -150,9 +154,10 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         for name in names:
             values[section][name] = _absolute(values[section][name], folder)
     source = values["data"]["source"]
-    for name in ("path", "evaluation_path"):
+    for name in ("path", "image_root", "evaluation_path"):
         if source.get(name) is not None:
             source[name] = _absolute(source[name], folder)
+    values["data"]["compare_with"] = [_absolute(path, folder) for path in values["data"]["compare_with"]]
     return RunConfig.model_validate(values)
 
 

@@ -9,31 +9,29 @@ from pathlib import Path
 from prefect import flow
 
 from flows.config import PROJECT, RunConfig, load_config
+from flows.data import all_have_regions, both_views, evaluation_questions, validated_samples, with_regions
+from flows.garbage import NUM_KEPT_STATES
 from flows.run import fingerprint, open_run
 from flows.server import prefect_server
 from flows.summary import RunResult, print_result, scores_of, show_round, stage_times
 from flows.terminal import show_on_terminal
-from tasks.adapters.importers import EVALUATION, TRAINING, source_digest
 from tasks.adapters.models import model_digest, model_folder
 from tasks.adapters.training_data import CheckpointJob, TrainJob
 from tasks.artifacts import ArtifactRef, Role
-from tasks.build_views import ViewsJob, build_views
 from tasks.check_models import CheckModelsJob, ModelJob, check_models, model
+from tasks.commit_outputs import CommitOutputsJob, commit_outputs
+from tasks.data_docs import DATA_DOCS
 from tasks.evaluate import EvaluateJob, evaluate
-from tasks.evaluation_data import EvaluationDataJob, evaluation_data
 from tasks.gate import GateJob, gate
 from tasks.replay import ReplayJob, replay
 from tasks.report import Evaluation, ReportJob, RoundRefs, report
 from tasks.rollouts import RolloutsJob, rollouts
 from tasks.stage import RunContext
 from tasks.train import checkpoint, train
-from tasks.validate import ValidateJob, validate
 from vzero_core.config import ForwardKLTopKLoss, ViewConfig, required_views
 from vzero_core.errors import VZeroError
 
 LAPTOP = RunConfig()
-NUM_KEPT_STATES = 2
-"""Training states kept behind the newest round; older ones go, but for the one a run ends with."""
 
 
 @flow(name="vzero", flow_run_name="{config.name}, seed {config.seed}")
@@ -47,24 +45,15 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
     with open_run(config) as run:
         student, teacher = _name_model(config, run, "student"), _name_model(config, run, "teacher")
         checked = check_models(CheckModelsJob(student=student, teacher=teacher, prompt=config.prompt), run)
-        samples = validate(
-            ValidateJob(
-                models=checked,
-                source=source_digest(run.data.train, TRAINING.what, run.dataset.images),
-                max_bad_share=config.data.max_bad_share,
-                max_image_pixels=config.data.max_image_pixels,
-            ),
-            run,
-        )
-        questions = _evaluation_questions(config, run, checked)
-        views = build_views(
-            ViewsJob(samples=samples, views=config.views, max_bad_share=config.data.max_bad_share, seed=config.seed),
-            run,
-        )
+        questions = evaluation_questions(config, run, checked)
+        samples, docs = validated_samples(config, run, checked)
+        proposed = with_regions(config, run, samples, teacher)
+        views = both_views(config, run, proposed or samples)
 
         evaluations = _evaluate(config, run, questions, "student", student, "student, before")
         evaluations += _evaluate(config, run, questions, "teacher", teacher, "teacher, full image")
-        evaluations += _evaluate(config, run, questions, "teacher", teacher, "teacher, with crop", config.views)
+        if questions is not None and all_have_regions(run, questions):
+            evaluations += _evaluate(config, run, questions, "teacher", teacher, "teacher, with crop", config.views)
 
         policy, rounds = student, list[RoundRefs]()
         with run.progress("rounds", config.rounds.num_rounds) as advance:
@@ -81,11 +70,12 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
 
         selected = checkpoint(CheckpointJob(train_key=policy.key), run)
         run.store.keep(selected)
-        made = report(
+        page = report(
             ReportJob(
                 name=config.name,
-                config=config.model_dump(mode="json", exclude={"store", "placement"}),
+                config=config.model_dump(mode="json", exclude={"store", "placement", "outputs"}),
                 samples=samples,
+                regions=proposed,
                 views=views,
                 rounds=tuple(rounds),
                 evaluations=tuple(evaluations),
@@ -93,15 +83,20 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
             ),
             run,
         )
-        refs = [student, teacher, checked, samples, *([questions] if questions else []), views]
+        commit = _commit_outputs(config, run, samples, selected, page)
+        data = [ref for ref in (questions, samples, docs, proposed, views) if ref is not None]
+        behind = [ref for made in data for ref in run.store.manifest(made).inputs.values()]
+        refs = list(dict.fromkeys([student, teacher, checked, *behind, *data]))
         refs += [ref for done in rounds for ref in done.refs()]
-        refs += [*(evaluation.ref for evaluation in evaluations), made]
+        refs += [*(evaluation.ref for evaluation in evaluations), page]
         return RunResult(
             scores=scores_of(run.store, evaluations),
             stages=stage_times(run.store, refs, started),
             policy=policy,
             checkpoint=run.store.path_of(selected, "model"),
-            report=run.store.path_of(made, "report.html"),
+            report=run.store.path_of(page, "report.html"),
+            data_docs=run.store.path_of(docs, DATA_DOCS),
+            commit=commit,
         )
 
 
@@ -176,12 +171,14 @@ def _name_model(config: RunConfig, run: RunContext, role: Role) -> ArtifactRef:
     return model(ModelJob(weights=weights, role=role), run)
 
 
-def _evaluation_questions(config: RunConfig, run: RunContext, models: ArtifactRef) -> ArtifactRef | None:
-    if run.data.evaluation is None:
+def _commit_outputs(
+    config: RunConfig, run: RunContext, samples: ArtifactRef, selected: ArtifactRef, made: ArtifactRef
+) -> str | None:
+    if config.outputs.repository is None:
         return None
-    source = source_digest(run.data.evaluation, EVALUATION.what, run.evaluation.images)
-    job = EvaluationDataJob(source=source, models=models, max_image_pixels=config.data.max_image_pixels)
-    return evaluation_data(job, run)
+    job = CommitOutputsJob(name=config.name, outputs=config.outputs, samples=samples, selected=selected, report=made)
+    done: str = run.store.manifest(commit_outputs(job, run)).summary["commit"]
+    return done
 
 
 def _evaluate(

@@ -1,19 +1,27 @@
 """What a run works with: store, data, engines, terminal; opened at its start and closed at its end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from prefect.filesystems import RemoteFileSystem
+
 from flows.config import PROJECT, RunConfig, resolve_paths
 from flows.terminal import make_terminal
 from tasks.adapters.dataset import Dataset
+from tasks.adapters.files import configure_s3
 from tasks.adapters.images import ImageReader
-from tasks.adapters.importers import folder_of, locate
+from tasks.adapters.importers import folder_of, image_root, locate
+from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
-from tasks.config import EngineFingerprint, ModelConfig
+from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig
+from tasks.ports import DatasetRepo
 from tasks.serve import Engines
 from tasks.stage import RunContext
+from vzero_core.errors import ConfigError
+
+_GIB = 1 << 30
 
 
 @contextmanager
@@ -21,12 +29,14 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
     """Open what a run works with; whatever was started is stopped at the end, also after an error."""
     config = resolve_paths(config, PROJECT)
     work_dir = Path(config.placement.work_dir)
-    store = Store(config.store.url, work_dir)
-    data = locate(config.data.source, work_dir)
-    images, evaluation_images = (
-        ImageReader(folder_of(path or ""), config.data.max_image_pixels) for path in (data.train, data.evaluation)
-    )
-    dataset = Dataset(store, images)
+    store = open_store(config.store, work_dir)
+    pin = _make_pin()
+    data = _pinned(locate(config.data.source, work_dir), pin)
+    if config.outputs.repository is not None:
+        # Asked now, because a misspelt name must not end a run of days.
+        LakeFSRepo(config.outputs.repository).pin(config.outputs.base)
+    max_pixels = config.data.max_image_pixels
+    dataset = Dataset(store, ImageReader(image_root(data), max_pixels))
     engines = Engines(
         store, dataset, student=config.student, teacher=config.teacher, placement=config.placement, work_dir=work_dir
     )
@@ -34,12 +44,61 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
         yield RunContext(
             store=store,
             data=data,
+            compared=_compared(data, config.data, pin),
             dataset=dataset,
-            evaluation=Dataset(store, evaluation_images),
+            evaluation=Dataset(store, ImageReader(folder_of(data.evaluation_path or ""), max_pixels)),
             engines=engines,
             terminal=make_terminal(),
             checkpoint_every=config.checkpoint.every,
+            image_threads=config.placement.image_threads,
         )
+
+
+def open_store(config: StoreConfig, work_dir: Path) -> Store:
+    """Open the store, with the settings of a Prefect block where one is named.
+
+    Raises:
+        ConfigError: there is no such block, or the store's URL cannot be used.
+    """
+    if config.prefect_block is not None:
+        try:
+            block = RemoteFileSystem.load(config.prefect_block.removeprefix("remote-file-system/"))
+        except ValueError as error:
+            raise ConfigError(
+                f"store.prefect_block must name a Remote File System block on the Prefect server in use, got "
+                f"{config.prefect_block!r}: {error}"
+            ) from error
+        assert isinstance(block, RemoteFileSystem), "loaded at once, outside any event loop"
+        configure_s3(block.settings)
+    return Store(config.url, work_dir, cache_bytes=int(config.cache_gib * _GIB))
+
+
+def _compared(data: FileData, config: DataConfig, pin: Callable[[str], str]) -> tuple[FileData, ...]:
+    """Give the evaluation data that training is kept clear of: the run's own, and what is named."""
+    own = [data.evaluation_path] if data.evaluation_path is not None else []
+    return tuple(FileData(kind="jsonl", path=path) for path in (*own, *map(pin, config.compare_with)))
+
+
+def _make_pin() -> Callable[[str], str]:
+    """Give a function that lets a lakeFS URL name a commit; a branch is asked once, so that all see one commit."""
+    commits: dict[tuple[str, str], str] = {}
+
+    def pin(url: str) -> str:
+        if not url.startswith("lakefs://"):
+            return url
+        name, ref, path = parse_lakefs_url(url)
+        repository: DatasetRepo = LakeFSRepo(name)
+        if (name, ref) not in commits:
+            commits[name, ref] = repository.pin(ref)
+        return repository.url(commits[name, ref], path)
+
+    return pin
+
+
+def _pinned(data: FileData, pin: Callable[[str], str]) -> FileData:
+    """Let lakeFS URLs name the commits that their branches have now, so that a run reads one version to its end."""
+    found = {name: getattr(data, name) for name in ("path", "image_root", "evaluation_path")}
+    return data.model_copy(update={name: pin(url) for name, url in found.items() if url is not None})
 
 
 def fingerprint(model: ModelConfig) -> EngineFingerprint:

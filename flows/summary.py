@@ -41,6 +41,8 @@ class RunResult(BaseModel):
     policy: ArtifactRef
     checkpoint: str
     report: str
+    data_docs: str
+    commit: str | None
 
 
 def show_round(store: Store, refs: RoundRefs) -> None:
@@ -100,3 +102,6 @@ def print_result(result: RunResult, seconds: float) -> None:
     console.print(f"This run took {seconds:.0f} s; seconds of re-used artefacts are those of the run that made them.")
     console.print(f"student: {result.checkpoint}", soft_wrap=True)
     console.print(f"report:  {result.report}", soft_wrap=True)
+    console.print(f"data:    {result.data_docs}", soft_wrap=True)
+    if result.commit is not None:
+        console.print(f"lakeFS:  {result.commit}", soft_wrap=True)

@@ -141,7 +141,8 @@ class ImageRef(Record):
     width: int = Field(description="Pixels, after EXIF orientation.")
     height: int = Field(description="Pixels, after EXIF orientation.")
     size_bytes: int
-    sha256: str
+    sha256: str | None = Field(default=None, description="None where the image was not read whole.")
+    etag: str | None = Field(default=None, description="What pins an image without sha256: ETag, or time of change.")
 
 
 class Sample(Record):
@@ -150,11 +151,34 @@ class Sample(Record):
     id: str
     image: ImageRef
     question: str
-    region: Box = Field(description="xyxy, absolute pixels of the EXIF-oriented image, half-open.")
+    region: Box | None = Field(
+        default=None,
+        description="xyxy, absolute pixels of the EXIF-oriented image, half-open; none: crops are given, or proposed.",
+    )
     detail_image: ImageRef | None = Field(default=None, description="The same field of view in better quality.")
+    positive_image: ImageRef | None = Field(default=None, description="A given crop of the region.")
+    negative_image: ImageRef | None = Field(default=None, description="A given crop from elsewhere.")
     source: str | None = None
     license: str | None = None
     group: str | None = None
+
+
+class ImportedRow(Record):
+    """A training row as it was found, before it is judged. It has no field for an answer."""
+
+    row: int = Field(description="Row of the source, from 1.")
+    id: str
+    question: str
+    image: ImageRef | None = Field(default=None, description="None where it cannot be read.")
+    region: Box | None = Field(default=None, description="Pixels, as given: not clipped, not checked.")
+    detail_image: ImageRef | None = None
+    positive_image: ImageRef | None = None
+    negative_image: ImageRef | None = None
+    source: str | None = None
+    license: str | None = None
+    group: str | None = None
+    image_hash: str | None = Field(default=None, description="Perceptual hash, 16 hexadecimal digits.")
+    problem: str | None = Field(default=None, description="Why an image cannot be read.")
 
 
 class EvaluationSample(Record):

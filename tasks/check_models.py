@@ -37,6 +37,7 @@ class CheckModelsJob(Job):
     """Check that student and teacher can work together."""
 
     stage: ClassVar[str] = "check_models"
+    version: ClassVar[int] = 2
 
     student: ArtifactRef
     teacher: ArtifactRef
@@ -74,6 +75,7 @@ def check_models(job: CheckModelsJob, context: RunContext, folder: Path) -> Outc
         "num_tokens": len(ours.tokenizer),
         "prompt": ours.render(PROBE, 1, job.prompt),
         "special_tokens": sorted(ours.special_tokens()),
+        "context_tokens": {"student": _context_tokens(student), "teacher": _context_tokens(teacher)},
     }
     write_json(folder / MODELS, models)
     return Outcome(summary={"num_tokens": len(ours.tokenizer)})
@@ -101,6 +103,15 @@ def _require_same_tokens(student: PromptProcessor, teacher: PromptProcessor) -> 
 
 
 def _vocabulary_size(folder: Path) -> int:
+    return int(_text_setting(folder, "vocab_size") or 0)
+
+
+def _context_tokens(folder: Path) -> int | None:
+    """Give how many tokens prompt and response may have together, where the model says so."""
+    return _text_setting(folder, "max_position_embeddings")
+
+
+def _text_setting(folder: Path, name: str) -> int | None:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    size = config.get("text_config", config).get("vocab_size", config.get("vocab_size", 0))
-    return int(size)
+    value: int | None = config.get("text_config", config).get(name, config.get(name))
+    return value

@@ -1,5 +1,6 @@
 """Settings of the stages. `flows.config.RunConfig` puts them together; each stage sees its own slice only."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -25,11 +26,22 @@ class SmallWorldData(Settings):
     seed: int = Field(default=0, ge=0, description="Which training scenes are drawn.")
 
 
-class JsonlData(Settings):
-    """Your own data: a JSONL file with id, image, question, region (xyxy pixels) a line."""
+class FileData(Settings):
+    """Your own data, in the project's format or another one; answers in it are dropped at the door."""
 
-    kind: Literal["jsonl"] = "jsonl"
-    path: str = Field(description="The JSONL file; images with relative paths count from its folder.")
+    kind: Literal[
+        "jsonl", "parquet", "zwz_rl_vqa", "visual_cot", "viscot_363k", "treevgr_rl_37k", "vstar_seal", "vzero_release"
+    ] = Field(description="Format of the rows (docs/DATA.md). jsonl and parquet: id, image, question, region.")
+    path: str = Field(description="The file, or a URL; with several files of one format, a folder.")
+    image_root: str | None = Field(
+        default=None, description="Folder or URL that relative image paths count from; none: the file's folder."
+    )
+    box_format: Literal["xyxy", "xywh"] | None = Field(default=None, description="None: as the format has it.")
+    box_unit: Literal["pixels", "fraction", "per_mille"] | None = Field(
+        default=None,
+        description="Pixels, or parts of the image's sides: 0 to 1, 0 to 1000. None: as the format has it.",
+    )
+    license: str | None = Field(default=None, description="Licence of rows that name none.")
     evaluation_path: str | None = Field(
         default=None, description="JSONL with id, image, question, answer; none: no accuracy is measured."
     )
@@ -38,14 +50,34 @@ class JsonlData(Settings):
 class DataConfig(Settings):
     """What to train on and what to measure on."""
 
-    source: Annotated[SmallWorldData | JsonlData, Field(discriminator="kind")] = Field(
+    source: Annotated[SmallWorldData | FileData, Field(discriminator="kind")] = Field(
         default=SmallWorldData(), description="The small world, or your own files."
+    )
+    images: Literal["decode", "header"] = Field(
+        default="decode",
+        description="decode: every image is decoded, hashed and compared; header: only its size is read, in a minute.",
+    )
+    max_image_pixels: int = Field(
+        default=100_000_000, ge=1, description="Larger images are refused before they are decoded."
     )
     max_bad_share: float = Field(
         default=0.01, ge=0, le=1, description="Above this share of bad rows the run stops; below, they are set aside."
     )
-    max_image_pixels: int = Field(
-        default=100_000_000, ge=1, description="Larger images are refused before they are decoded."
+    max_region_share: float = Field(
+        default=1.0, gt=0, le=1, description="Regions that cover more of their image than this are set aside."
+    )
+    max_hash_distance: int = Field(
+        default=4,
+        ge=0,
+        le=16,
+        description="Images whose perceptual hashes differ in at most this many of 64 bits count as the same.",
+    )
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longer prompts are set aside; none: the models' contexts less the response."
+    )
+    compare_with: tuple[str, ...] = Field(
+        default=(),
+        description="JSONL files of images and questions that no training image may come from: your benchmarks.",
     )
 
 
@@ -148,7 +180,24 @@ class EvaluateConfig(Settings):
 class StoreConfig(Settings):
     """Where artefacts live."""
 
-    url: str = Field(default=".vzero/store", description="Folder or fsspec URL.")
+    url: str = Field(default=".vzero/store", description="Folder, or s3://bucket/prefix (docs/STORE.md).")
+    cache_gib: float = Field(
+        default=10.0, ge=0, description="Room on local disk for what was read from a bucket, in GiB."
+    )
+    prefect_block: str | None = Field(
+        default=None,
+        description="Prefect block remote-file-system/NAME with the bucket's settings; none: from the environment.",
+    )
+
+
+class OutputsConfig(Settings):
+    """Versions of a run's outputs in lakeFS (docs/LAKEFS.md); without a repository the store alone keeps them."""
+
+    repository: str | None = Field(default=None, description="lakeFS repository for model, report and samples.")
+    base: str = Field(default="main", description="Branch that the run's branch starts from.")
+    publish: bool = Field(
+        default=False, description="At the end, merge the run's branch into the base and tag it champion."
+    )
 
 
 class PlacementConfig(Settings):
@@ -157,6 +206,7 @@ class PlacementConfig(Settings):
     student_device: str = Field(default="cpu", description="Rollouts, evaluation and training.")
     teacher_device: str = Field(default="cpu", description="Replay.")
     threads: int = Field(default=1, ge=1, description="CPU threads; another number may change the last bits.")
+    image_threads: int = Field(default=2, ge=1, description="Threads that decode, hash and cut images.")
     max_batch_tokens: int = Field(default=16_384, ge=1, description="Tokens of a forward batch, padding included.")
     work_dir: str = Field(default=".vzero/work", description="Scratch: data of the small world, current weights.")
 
@@ -169,3 +219,69 @@ class EngineFingerprint(Settings):
     torch: str
     dtype: str
     quantization: str | None = None
+
+
+class GivenRegions(Settings):
+    """Every sample brings its region, or its crops."""
+
+    kind: Literal["given"] = Field(default="given", description="Regions come with the data.")
+
+
+class GridRegions(Settings):
+    """Windows of the image are hidden in turn; the one the teacher's response depends on most is the region."""
+
+    kind: Literal["grid"] = Field(default="grid", description="Search a grid of windows; any teacher.")
+    scales: tuple[float, ...] = Field(
+        default=(0.5, 0.25),
+        min_length=1,
+        description="Sides of the windows, in fractions of the image's; each scale searches inside the one before.",
+    )
+    overlap: float = Field(default=0.5, ge=0, lt=1, description="Share of its side that a window shares with the next.")
+
+    @field_validator("scales")
+    @classmethod
+    def _shrinks(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(larger > smaller > 0 for larger, smaller in pairwise((1.0, *scales))):
+            raise ValueError(f"scales must fall, all between 0 and 1, got {scales}; put the largest first")
+        return scales
+
+
+class GroundingRegions(Settings):
+    """The teacher is asked for a box; for teachers that were trained to give one."""
+
+    kind: Literal["grounding"] = Field(default="grounding", description="Ask the teacher for a box.")
+    prompt: PromptConfig = Field(
+        default=PromptConfig(
+            template="Locate the one region of the image that is needed to answer the question: {question}\n"
+            'Output its bounding box in JSON format, like {"bbox_2d": [x1, y1, x2, y2], "label": "..."}, '
+            "and nothing else."
+        ),
+        description="How the teacher is asked.",
+    )
+    convention: Literal["per_mille", "resized_pixels"] = Field(
+        default="per_mille",
+        description="per_mille: 0 to 1000 (Qwen3-VL, Qwen3.5); resized_pixels: as the processor resized (Qwen2.5-VL).",
+    )
+    max_reply_tokens: int = Field(default=128, ge=1, description="Longer replies are cut.")
+
+
+Proposer = Annotated[GridRegions | GroundingRegions, Field(discriminator="kind")]
+
+
+class RegionsConfig(Settings):
+    """Where regions come from, and which of the proposed ones are kept."""
+
+    proposer: Annotated[GivenRegions | GridRegions | GroundingRegions, Field(discriminator="kind")] = Field(
+        default=GivenRegions(), description="With the data, or proposed for samples that have none."
+    )
+    max_new_tokens: int = Field(
+        default=8, ge=1, description="Length of the teacher's own response, which proposals are judged by."
+    )
+    min_contrast: float = Field(
+        default=0.1,
+        ge=0,
+        description="A proposal is kept when showing and hiding it differ by at least this many nats per token.",
+    )
+    min_kept_share: float = Field(
+        default=0.2, ge=0, le=1, description="Where a smaller share of the proposals is kept, the run stops."
+    )

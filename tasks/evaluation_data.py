@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from tasks.adapters.dataset import MODELS, SAMPLES
-from tasks.adapters.importers import EVALUATION, count_rows, import_samples
+from tasks.adapters.importers import count_rows, import_evaluation
 from tasks.adapters.store import Outcome
 from tasks.adapters.tables import write_rows
 from tasks.artifacts import ArtifactRef, EvaluationSample, Job
+from tasks.config import FileData
 from tasks.stage import RunContext, stage
 
 
@@ -16,6 +17,7 @@ class EvaluationDataJob(Job):
     """Validate an evaluation dataset."""
 
     stage: ClassVar[str] = "evaluation_data"
+    version: ClassVar[int] = 2
 
     source: str
     models: ArtifactRef
@@ -25,12 +27,11 @@ class EvaluationDataJob(Job):
 @stage(EvaluationDataJob)
 def evaluation_data(job: EvaluationDataJob, context: RunContext, folder: Path) -> Outcome:
     """Decode every image and check every row; a bad row stops the run, since it would change the measure."""
-    path = context.data.evaluation
+    path = context.data.evaluation_path
     assert path is not None, "the flow runs this stage only where there is evaluation data"
     reserved = json.loads(context.store.read(job.models, MODELS))["special_tokens"]
-    with context.progress("evaluation data", count_rows(path, EVALUATION)) as advance:
-        found = import_samples(
-            path, EVALUATION, context.evaluation.images, reserved=reserved, max_bad_share=0.0, advance=advance
-        )
-    write_rows(folder / SAMPLES, found.samples, EvaluationSample)
-    return Outcome(summary=found.summary())
+    with context.progress("evaluation data", count_rows(FileData(kind="jsonl", path=path))) as advance:
+        samples = import_evaluation(path, context.evaluation.images, reserved=reserved, advance=advance)
+    write_rows(folder / SAMPLES, samples, EvaluationSample)
+    num_regions = sum(sample.region is not None for sample in samples)
+    return Outcome(summary={"num_samples": len(samples), "num_regions": num_regions})

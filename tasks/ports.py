@@ -1,4 +1,4 @@
-"""What has more than one implementation: the engines. Stages know these, never a vendor."""
+"""What has more than one implementation: engines, and versions of data. Stages and flows know these, never a vendor."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,3 +80,28 @@ class TeacherScorer(Protocol):
 
     def score(self, requests: Sequence[ReplayRequest], *, top_k: int, advance: Advance) -> list[list[ResponseScores]]:
         """Give, per request, the scores of each of its responses."""
+
+
+class DatasetRepo(Protocol):
+    """Keeps versions of data and outputs under names; where there is none, digests are the versions.
+
+    Every method can be called again after an error, and waits itself for a server that is away.
+    """
+
+    def url(self, ref: str, path: str) -> str:
+        """Give the URL of a file under a branch, tag or commit id."""
+
+    def pin(self, ref: str) -> str:
+        """Give the id of the commit that a branch, tag or commit id names now."""
+
+    def branch(self, name: str, source: str) -> None:
+        """Make a branch at a ref; one that is there stays as it is."""
+
+    def commit(self, branch: str, message: str, metadata: dict[str, str]) -> str:
+        """Commit what was written to a branch and give the commit's id; with nothing written, that of its head."""
+
+    def merge(self, source: str, into: str, message: str, metadata: dict[str, str]) -> str:
+        """Merge a ref into a branch and give the commit id of the merge, or of the head where all is merged already."""
+
+    def tag(self, name: str, commit: str) -> None:
+        """Let a tag name a commit, and no longer the one it named before."""

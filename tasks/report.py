@@ -57,6 +57,7 @@ class ReportJob(Job):
     name: str
     config: dict[str, Any]
     samples: ArtifactRef
+    regions: ArtifactRef | None = None
     views: ArtifactRef
     rounds: tuple[RoundRefs, ...]
     evaluations: tuple[Evaluation, ...]
@@ -212,7 +213,9 @@ def _origins(job: ReportJob, store: Store) -> dict[str, Any]:
     teacher = _inputs(store, job.rounds[0].replays[0])["teacher"]
     questions = [_inputs(store, evaluation.ref)["data"] for evaluation in job.evaluations]
     # The selected state is left out: as a rule it was stored within its round's training, whose time counts it.
-    refs = [job.samples, *questions, job.views, *(ref for done in job.rounds for ref in done.refs())]
+    data = [ref for ref in (job.samples, job.regions, job.views) if ref is not None]
+    behind = [ref for made in data for ref in _inputs(store, made).values()]
+    refs = [*behind, *data, *questions, *(ref for done in job.rounds for ref in done.refs())]
     refs += [evaluation.ref for evaluation in job.evaluations]
     manifests = {(ref.stage, ref.key): store.manifest(ref) for ref in refs}
     return {
@@ -221,6 +224,7 @@ def _origins(job: ReportJob, store: Store) -> dict[str, Any]:
         "first": min(manifest.created_at for manifest in manifests.values()),
         "last": max(manifest.created_at for manifest in manifests.values()),
         "samples": store.manifest(job.samples).summary,
+        "regions": store.manifest(job.regions).summary if job.regions else None,
         "views": store.manifest(job.views).summary,
         "questions": [store.manifest(ref).summary for ref in dict.fromkeys(questions)],
         "bad_rows": [(ref.stage, row) for ref in (job.samples, job.views) for row in _bad_rows(store, ref)],

@@ -58,8 +58,9 @@ class Engines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of what was started."""
+        """Let go of what was started, here and now: tensors freed by another thread at exit abort the process."""
         self._student = self._teacher = None
+        self.trainer.release()
 
     @cached_property
     def renderer(self) -> PromptProcessor:

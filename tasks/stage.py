@@ -15,9 +15,9 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.tasks import exponential_backoff
 
 from tasks.adapters.dataset import Dataset
-from tasks.adapters.importers import DataFiles
 from tasks.adapters.store import Outcome, Store
 from tasks.artifacts import ArtifactRef, Job
+from tasks.config import FileData
 from tasks.ports import Advance
 from tasks.serve import Engines
 from vzero_core.errors import VZeroError
@@ -41,12 +41,14 @@ class RunContext:
     """Where and how a run works; nothing of it enters any key."""
 
     store: Store
-    data: DataFiles
+    data: FileData
+    compared: tuple[FileData, ...]
     dataset: Dataset
     evaluation: Dataset
     engines: Engines
     terminal: Terminal
     checkpoint_every: int
+    image_threads: int
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:
@@ -112,10 +114,10 @@ def _cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
 def _can_pass(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
     """Tell whether an error may be gone at the next try: a broken connection may, bad input may not."""
     error = state.result(raise_on_failure=False)
-    if isinstance(error, VZeroError):
-        return False
     if isinstance(error, ConnectionError | TimeoutError):
         return True
+    if isinstance(error, VZeroError):
+        return False
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
 
 

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.seaweed import s3_url, seaweed
 
 from flows.server import prefect_server
+
+__all__ = ["s3_url", "seaweed"]
 
 
 @pytest.fixture(scope="session")

@@ -84,9 +84,9 @@ class PromptCard:
     full: Picture
     positive: Picture
     negative: Picture
-    region: Rectangle
-    positive_box: Rectangle
-    negative_box: Rectangle
+    region: Rectangle | None
+    positive_box: Rectangle | None
+    negative_box: Rectangle | None
     responses: tuple[Response, ...]
 
     @property
@@ -195,8 +195,10 @@ def _card(
     )
 
 
-def _rectangle(box: Sequence[float], frame: Sequence[int]) -> Rectangle:
+def _rectangle(box: Sequence[float] | None, frame: Sequence[int]) -> Rectangle | None:
     """Give a box in percent of its frame: frames differ in size, but all show the same field of view."""
+    if box is None:
+        return None
     (x1, y1, x2, y2), (width, height) = box, frame
     percent = (100 * x1 / width, 100 * y1 / height, 100 * (x2 - x1) / width, 100 * (y2 - y1) / height)
     return Rectangle(*(round(value, 3) for value in percent))

@@ -1,156 +1,196 @@
-"""Datasets as samples. Only the fields named here enter: an answer in training data is dropped at this door."""
+"""Rows of a dataset, one at a time. Only the fields that its format names enter: an answer is dropped at this door."""
 
+import hashlib
+import io
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
-import fsspec
-
-from tasks.adapters.images import ImageReader
-from tasks.artifacts import BadRow, EvaluationSample, ImageRef, Sample, digest_bytes, digest_json
-from tasks.config import JsonlData, SmallWorldData
+from tasks.adapters.files import filesystem, open_file, patiently
+from tasks.adapters.formats import FORMATS, BoxUnit, Format, enclose, own, parse_boxes, to_pixels
+from tasks.adapters.images import ImageReader, embedded_uri, open_parquet
+from tasks.artifacts import KEY_LENGTH, BadRow, EvaluationSample, ImageRef, ImportedRow, digest_json
+from tasks.config import FileData, SmallWorldData
 from tasks.ports import Advance
 from tasks.small_world.dataset import write_dataset
 from vzero_core.errors import InputError
 from vzero_core.views import Box, clip_box
 
-S = TypeVar("S", Sample, EvaluationSample)
-
 NUM_NAMED = 5
 """Bad rows that a message names; all of them stand in the quarantine table."""
 
+_CHUNK = 1 << 20
+_MAX_ROW = 1 << 26
+"""Characters of one row of a JSON array; beyond, the array is taken for broken, so that it is not read whole."""
+_BATCH_ROWS = 1024
+_STAT_THREADS = 16
+_BETWEEN_ROWS = re.compile(r"[\s,]*")
+
 
 @dataclass(frozen=True)
-class DataFiles:
-    """Where the rows are."""
+class SourceRow:
+    """A training row as its file has it; no image was opened yet.
 
-    train: str
-    evaluation: str | None
+    Attributes:
+        row: its number in the source, from 1; in a folder, files follow one another by name.
+        id: as given, or `<file name without suffix>:<number in the file>`.
+        region: xyxy in `unit`; of several boxes, the smallest one that contains them all.
+        problem: why the region cannot be read.
+        dropped: names of the row's fields that stay outside.
+    """
 
+    row: int
+    id: str
+    question: str
+    image: str
+    region: Box | None
+    unit: BoxUnit
+    problem: str | None
+    detail_image: str | None
+    positive_image: str | None
+    negative_image: str | None
+    source: str | None
+    license: str | None
+    group: str | None
+    dropped: tuple[str, ...]
 
-@dataclass(frozen=True)
-class SampleFormat(Generic[S]):
-    """Which fields a row must and may have, and how it becomes a sample."""
-
-    what: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    build: Callable[[dict[str, Any], ImageReader], tuple[S, bool]]
-
-
-@dataclass
-class Imported(Generic[S]):
-    """What a dataset file gave."""
-
-    samples: list[S] = field(default_factory=list)
-    bad: list[BadRow] = field(default_factory=list)
-    num_clipped: int = 0
-    dropped_fields: set[str] = field(default_factory=set)
-
-    def summary(self) -> dict[str, Any]:
-        """Figures for tables and messages."""
-        return {
-            "num_samples": len(self.samples),
-            "num_bad": len(self.bad),
-            "num_clipped": self.num_clipped,
-            "dropped_fields": sorted(self.dropped_fields),
-            "bad": [row.model_dump() for row in self.bad[:NUM_NAMED]],
-        }
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Every image that the row names."""
+        given = (self.image, self.detail_image, self.positive_image, self.negative_image)
+        return tuple(uri for uri in given if uri is not None)
 
 
-def locate(source: SmallWorldData | JsonlData, work_dir: Path) -> DataFiles:
-    """Give the dataset's files; the small world is drawn first where it is not there yet."""
-    if isinstance(source, JsonlData):
-        return DataFiles(train=source.path, evaluation=source.evaluation_path)
+def locate(source: SmallWorldData | FileData, work_dir: Path) -> FileData:
+    """Give the dataset as files; the small world is drawn first where it is not there yet."""
+    if isinstance(source, FileData):
+        return source
     folder = work_dir / f"small-world-{digest_json(source.model_dump())[:12]}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_dataset(folder, num_prompts=source.num_prompts, num_eval=source.num_evaluation, seed=source.seed)
-    return DataFiles(train=str(folder / "train.jsonl"), evaluation=str(folder / "eval.jsonl"))
+    return FileData(kind="jsonl", path=str(folder / "train.jsonl"), evaluation_path=str(folder / "eval.jsonl"))
+
+
+def image_root(source: FileData) -> str:
+    """Give the folder or URL that relative image paths count from."""
+    if source.image_root is not None:
+        return source.image_root
+    return source.path if _is_folder(source.path) else folder_of(source.path)
 
 
 def folder_of(path: str) -> str:
-    """Give the folder that relative image paths count from."""
+    """Give the folder of a file."""
     return path.rsplit("/", 1)[0] if "/" in path else "."
 
 
-def source_digest(path: str, what: str, images: ImageReader) -> str:
-    """Digest of a dataset before it is validated: its file, and size and date of every image it names.
+def read_source(source: FileData) -> Iterator[SourceRow | BadRow]:
+    """Read the rows of a dataset as they are asked for; a row of a wrong form comes as a BadRow with the reason.
+
+    JSONL is read line by line, a JSON array row by row, Parquet by batches of the columns that are needed: neither a
+    file nor the images that it may embed are held in memory.
 
     Raises:
-        InputError: the file is missing or has no rows.
+        InputError: a file is missing, has no rows, or is broken so that its rows cannot be told apart.
     """
-    content = _read(path, what)
-    stamps: list[list[str | int]] = []
-    for line in content.splitlines():
-        # A line that cannot be read has no images; validation names it.
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        for name in ("image", "detail_image"):
-            if isinstance(row, dict) and isinstance(row.get(name), str):
-                stamps.append(images.stamp(row[name]))
-    return digest_bytes(content, digest_json(stamps).encode())
+    form = FORMATS[source.kind]
+    files = _files(source)
+    before = 0
+    for url in files:
+        number, name = 0, PurePosixPath(url)
+        for number, value in _rows(url, form, source):
+            try:
+                yield _source_row(value, form, source, before + number, f"{name.stem}:{number}")
+            except InputError as error:
+                where = f"{name.name} row {number}: " if len(files) > 1 else ""
+                yield BadRow(row=before + number, id=_id_of(value), reason=f"{where}{error}")
+        before += number
+    if before == 0:
+        raise InputError(f"training data must have rows, but {source.path} is empty; write one row a sample")
 
 
-def count_rows(path: str, form: SampleFormat[Any]) -> int:
-    """Give the number of rows of a JSONL file, good or bad."""
-    return sum(1 for line in _read(path, form.what).splitlines() if line.strip())
-
-
-def import_samples(
-    path: str,
-    form: SampleFormat[S],
-    images: ImageReader,
-    *,
-    reserved: Sequence[str],
-    max_bad_share: float,
-    advance: Advance,
-) -> Imported[S]:
-    """Read a JSONL file: decode every image, check every row, set bad ones aside with the reason.
+def import_row(row: SourceRow, images: ImageReader, *, decode: bool) -> ImportedRow:
+    """Open the images of a row and bring its region to pixels; what is wrong with them stands in `problem`.
 
     Args:
-        path: the JSONL file.
-        form: `TRAINING` or `EVALUATION`.
+        row: from `read_source`.
         images: reads the images.
-        reserved: texts that no question may hold: the models' special tokens.
-        max_bad_share: share of bad rows, 0 to 1.
-        advance: called after each row.
+        decode: decode every image, and hash the full one; else read headers only.
+    """
+    problems = [row.problem] if row.problem else []
+
+    def inspect(uri: str | None) -> tuple[ImageRef | None, str | None]:
+        if uri is None:
+            return None, None
+        try:
+            found = images.inspect(uri, decode=decode)
+        except InputError as error:
+            problems.append(str(error))
+            return None, None
+        return found.ref, found.hash
+
+    image, image_hash = inspect(row.image)
+    region = row.region
+    if region is not None and row.unit != "pixels":
+        region = to_pixels(region, row.unit, image.width, image.height) if image is not None else None
+    return ImportedRow(
+        row=row.row,
+        id=row.id,
+        question=row.question,
+        image=image,
+        region=region,
+        detail_image=inspect(row.detail_image)[0],
+        positive_image=inspect(row.positive_image)[0],
+        negative_image=inspect(row.negative_image)[0],
+        source=row.source,
+        license=row.license,
+        group=row.group,
+        image_hash=image_hash,
+        problem="; ".join(problems) or None,
+    )
+
+
+def count_rows(source: FileData) -> int:
+    """Count the rows of a dataset, good or bad: from Parquet's metadata, else by one pass over the file."""
+    return sum(_count(url, FORMATS[source.kind]) for url in _files(source))
+
+
+def source_digest(source: FileData, images: ImageReader) -> str:
+    """Digest of a dataset before it is validated: its rows, and size and ETag or date of every image they name.
+
+    Text files count with their whole content; Parquet files with the rows as they are read, since they may embed
+    gigabytes of images: these count with the size and date of their file.
 
     Raises:
-        InputError: the file is missing or empty, or the share of bad rows is above the limit.
+        InputError: as `read_source`.
     """
-    found: Imported[S] = Imported()
-    rows: dict[str, int] = {}
-    for number, line in enumerate(_read(path, form.what).splitlines(), start=1):
-        if not line.strip():
-            continue
-        identifier = None
-        try:
-            row = _parse(line, form.required)
-            identifier = str(row["id"])
-            if identifier in rows:
-                raise InputError(f"id must be unique, but row {rows[identifier]} has it too; rename one of them")
-            known = {name: row[name] for name in (*form.required, *form.optional) if row.get(name) is not None}
-            sample, clipped = form.build(known, images)
-            _require_plain(sample.question, reserved)
-        except InputError as error:
-            found.bad.append(BadRow(row=number, id=identifier, reason=str(error)))
-        else:
-            rows[identifier] = number
-            found.samples.append(sample)
-            found.num_clipped += clipped
-            found.dropped_fields.update(set(row) - {*form.required, *form.optional})
-        advance(1)
-    _require_share(found, max_bad_share, form.what)
-    return found
+    state = hashlib.sha256()
+    for url in _files(source):
+        if _suffix(url, FORMATS[source.kind]) != ".parquet":
+            with _opened(url) as file:
+                while chunk := file.read(_CHUNK):
+                    state.update(chunk)
+    seen: set[str] = set()
+    rows = read_source(source)
+    # Threads, because on S3 each image costs a request.
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        while batch := list(islice(rows, _BATCH_ROWS)):
+            state.update(repr(batch).encode())
+            uris = [uri for row in batch if isinstance(row, SourceRow) for uri in row.images]
+            files = [file for file in dict.fromkeys(uri.partition("#row=")[0] for uri in uris) if file not in seen]
+            seen.update(files)
+            state.update(repr(list(pool.map(images.stamp, files))).encode())
+    return state.hexdigest()[:KEY_LENGTH]
 
 
-def name_bad_rows(bad: list[BadRow]) -> str:
+def name_bad_rows(bad: Sequence[BadRow]) -> str:
     """Name the first bad rows with their reasons, a line each."""
     lines = [f"  row {row.row} ({row.id or 'no id'}): {row.reason}" for row in bad[:NUM_NAMED]]
     if len(bad) > NUM_NAMED:
@@ -158,110 +198,269 @@ def name_bad_rows(bad: list[BadRow]) -> str:
     return "\n".join(lines)
 
 
-def _read(path: str, what: str) -> bytes:
-    try:
-        with fsspec.open(path, "rb") as file:
-            content: bytes = file.read()
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"{what} must be a JSONL file, but there is no such file: {path}") from error
-    if not content.strip():
-        raise InputError(f"{what} must have rows, but the file is empty: {path}; write one JSON object a line")
-    return content
+# --- evaluation data ----------------------------------------------------------------------------------------------
 
 
-def _parse(line: bytes, required: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"row must be a JSON object, but it is no JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"row must be a JSON object, got {line[:40].decode(errors='replace')!r}")
-    missing = [name for name in required if row.get(name) is None]
-    if missing:
-        raise InputError(f"row must have {', '.join(required)}; {', '.join(missing)} missing")
-    return row
+def import_evaluation(
+    path: str, images: ImageReader, *, reserved: Sequence[str], advance: Advance
+) -> list[EvaluationSample]:
+    """Read evaluation questions with their answers: JSONL in the project's own format.
 
+    Args:
+        path: the file.
+        images: reads the images; every one is decoded.
+        reserved: texts that no question may hold: the models' special tokens.
+        advance: called after each row.
 
-def _require_share(found: Imported[Any], max_bad_share: float, what: str) -> None:
-    total = len(found.samples) + len(found.bad)
-    if found.bad and (len(found.bad) > max_bad_share * total or not found.samples):
+    Raises:
+        InputError: the file is missing or empty, or a row is bad, which would change the measure.
+    """
+    samples: dict[str, EvaluationSample] = {}
+    bad: list[BadRow] = []
+    for number, value in _lines(path):
+        try:
+            sample = _evaluation_sample(value, images, reserved)
+            if sample.id in samples:
+                raise InputError("id must be unique, but an earlier row has it too; rename one of them")
+            samples[sample.id] = sample
+        except InputError as error:
+            bad.append(BadRow(row=number, id=_id_of(value), reason=str(error)))
+        advance(1)
+    if not samples and not bad:
+        raise InputError(f"evaluation data must have rows, but the file is empty: {path}")
+    if bad:
         raise InputError(
-            f"{what}: at most {max_bad_share:.1%} of the rows may be bad (data.max_bad_share), "
-            f"got {len(found.bad)} of {total}; mend or remove them:\n{name_bad_rows(found.bad)}"
+            f"evaluation data: no row may be bad, got {len(bad)} of {len(samples) + len(bad)}; mend or remove them:\n"
+            f"{name_bad_rows(bad)}"
         )
+    return list(samples.values())
 
 
-# --- rows to samples ----------------------------------------------------------------------------------------------
-
-
-def _text(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{name} must be a text that is not empty, got {value!r}")
-    return value
-
-
-def _require_plain(question: str, reserved: Sequence[str]) -> None:
-    found = [token for token in reserved if token in question]
-    if found:
+def _evaluation_sample(value: Any, images: ImageReader, reserved: Sequence[str]) -> EvaluationSample:
+    row = _object(value)
+    missing = [name for name in ("id", "image", "question", "answer") if row.get(name) is None]
+    if missing:
+        raise InputError(f"row must have id, image, question and answer; {', '.join(missing)} missing")
+    fields = own(row)
+    if not fields.question.strip():
+        raise InputError("question must not be empty")
+    if found := [token for token in reserved if token in fields.question]:
         raise InputError(
             f"question must not hold special tokens of the models, got {found[0]!r}; it would change the prompt's "
             "structure: remove it"
         )
-
-
-def _images(row: dict[str, Any], images: ImageReader) -> tuple[ImageRef, ImageRef | None]:
-    image = images.inspect(_text(row, "image"))
-    detail = images.inspect(_text(row, "detail_image")) if "detail_image" in row else None
-    return image, detail
-
-
-def _region(value: Any, image: ImageRef) -> tuple[Box, bool]:
-    numbers = isinstance(value, list) and len(value) == 4
-    if not numbers or any(isinstance(side, bool) or not isinstance(side, int | float) for side in value):
-        raise InputError(f"region must be [x1, y1, x2, y2] in pixels, got {value!r}")
-    if not all(math.isfinite(side) for side in value):
-        raise InputError(f"region must be finite numbers, got {value!r}")
-    return clip_box(Box(*(float(side) for side in value)), image.width, image.height)
-
-
-def _training_sample(row: dict[str, Any], images: ImageReader) -> tuple[Sample, bool]:
-    image, detail = _images(row, images)
-    region, clipped = _region(row["region"], image)
-    sample = Sample(
-        id=str(row["id"]),
+    answer = str(row["answer"])
+    if not answer.strip():
+        raise InputError(f"answer must not be empty, got {answer!r}")
+    _require_unicode(str(fields.id), fields.question, answer)
+    image = images.inspect(fields.image, decode=True).ref
+    region = enclose(parse_boxes(fields.boxes), "xyxy")
+    return EvaluationSample(
+        id=str(fields.id),
         image=image,
-        question=_text(row, "question"),
-        region=region,
-        detail_image=detail,
-        **{name: str(row[name]) for name in ("source", "license", "group") if name in row},
+        question=fields.question,
+        answer=answer,
+        region=clip_box(region, image.width, image.height)[0] if region is not None else None,
+        detail_image=images.inspect(fields.detail_image, decode=True).ref if fields.detail_image is not None else None,
     )
-    return sample, clipped
 
 
-def _evaluation_sample(row: dict[str, Any], images: ImageReader) -> tuple[EvaluationSample, bool]:
-    image, detail = _images(row, images)
-    region, clipped = _region(row["region"], image) if "region" in row else (None, False)
-    sample = EvaluationSample(
-        id=str(row["id"]),
-        image=image,
-        question=_text(row, "question"),
-        answer=str(row["answer"]),
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def _source_row(value: Any, form: Format, source: FileData, number: int, default_id: str) -> SourceRow:
+    row = _object(value)
+    fields = form.read({name: row.get(name) for name in form.fields})
+    region, problem = None, None
+    try:
+        region = enclose(parse_boxes(fields.boxes), source.box_format or form.box_format)
+    except InputError as error:
+        problem = str(error)
+    found = SourceRow(
+        row=number,
+        id=fields.id if fields.id is not None else default_id,
+        question=fields.question,
+        image=fields.image,
         region=region,
-        detail_image=detail,
+        unit=source.box_unit or "pixels",
+        problem=problem,
+        detail_image=fields.detail_image,
+        positive_image=fields.positive_image,
+        negative_image=fields.negative_image,
+        source=fields.source,
+        license=fields.license or source.license,
+        group=fields.group,
+        dropped=tuple(sorted(set(row) - set(form.fields))),
     )
-    return sample, clipped
+    labels = (found.source, found.license, found.group)
+    _require_unicode(found.id, found.question, *found.images, *(label for label in labels if label is not None))
+    return found
 
 
-TRAINING = SampleFormat(
-    what="training data",
-    required=("id", "image", "question", "region"),
-    optional=("detail_image", "source", "license", "group"),
-    build=_training_sample,
-)
-EVALUATION = SampleFormat(
-    what="evaluation data",
-    required=("id", "image", "question", "answer"),
-    optional=("region", "detail_image"),
-    build=_evaluation_sample,
-)
+def _id_of(value: Any) -> str | None:
+    identifier = value.get("id") if isinstance(value, dict) else None
+    return str(identifier).encode(errors="replace").decode() if isinstance(identifier, str | int) else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if isinstance(value, InputError):
+        raise value
+    if not isinstance(value, dict):
+        raise InputError(f"row must be a JSON object, got {str(value)[:40]!r}")
+    return value
+
+
+def _require_unicode(*texts: str) -> None:
+    # JSON can spell half a surrogate pair, which no file of ours could hold.
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text must be valid Unicode, got {text!r}") from error
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _is_folder(path: str) -> bool:
+    fs, inner = filesystem(path)
+    return bool(patiently(lambda: fs.isdir(inner), path))
+
+
+def _files(source: FileData) -> list[str]:
+    if not _is_folder(source.path):
+        return [source.path]
+    fs, inner = filesystem(source.path)
+    suffix = FORMATS[source.kind].suffix
+    names = sorted(PurePosixPath(name).name for name in patiently(lambda: fs.ls(inner, detail=False), source.path))
+    names = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
+    if not names:
+        raise InputError(f"training data of kind {source.kind} must be {suffix} files, got none in {source.path}")
+    return [f"{source.path.rstrip('/')}/{name}" for name in names]
+
+
+def _suffix(url: str, form: Format) -> str:
+    suffix = PurePosixPath(url).suffix
+    return suffix if suffix in (".jsonl", ".json", ".parquet") else form.suffix
+
+
+def _rows(url: str, form: Format, source: FileData) -> Iterator[tuple[int, Any]]:
+    """Give the rows of a file with their numbers, from 1; an InputError stands for one that cannot be read."""
+    suffix = _suffix(url, form)
+    if suffix == ".parquet":
+        return _parquet_rows(url, form, image_root(source))
+    return _array_rows(url) if suffix == ".json" else _lines(url)
+
+
+def _count(url: str, form: Format) -> int:
+    if _suffix(url, form) == ".parquet":
+        with _existing(url), open_parquet(url) as parquet:
+            return int(parquet.metadata.num_rows)
+    if _suffix(url, form) == ".json":
+        return sum(1 for _ in _array_rows(url))
+    with _opened(url) as file:
+        return sum(1 for line in file if line.strip())
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[BinaryIO]:
+    with _existing(url), open_file(url) as file:
+        yield file
+
+
+@contextmanager
+def _existing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"data must be a file or a folder of files, but there is no such file: {url}") from error
+
+
+def _lines(url: str) -> Iterator[tuple[int, Any]]:
+    with _opened(url) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, InputError(f"row must be a JSON object, but it is no JSON: {error}")
+
+
+def _array_rows(url: str) -> Iterator[tuple[int, Any]]:
+    """Read the rows of one JSON array, holding little more than one of them."""
+    decoder = json.JSONDecoder()
+    number, buffer, position = 0, "", 0
+    with _opened(url) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
+        try:
+            buffer = file.read(_CHUNK).lstrip()
+            if buffer and not buffer.startswith("["):
+                raise InputError(f"{url} must be a JSON array of rows, got {buffer[:20]!r}")
+            position = 1
+            while buffer:
+                between = _BETWEEN_ROWS.match(buffer, position)
+                assert between is not None, "the pattern matches nothing, too"
+                position = between.end()
+                if buffer.startswith("]", position):
+                    return
+                try:
+                    value, position = decoder.raw_decode(buffer, position)
+                except ValueError as error:
+                    # The row may go on in the next chunk.
+                    more = file.read(_CHUNK) if len(buffer) - position <= _MAX_ROW else ""
+                    if not more:
+                        raise InputError(
+                            f"{url} must be a whole JSON array, but row {number + 1} is no JSON: {error}; mend the file"
+                        ) from error
+                    buffer, position = buffer[position:] + more, 0
+                else:
+                    number += 1
+                    yield number, value
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{url} must be JSON in UTF-8, but row {number + 1} is not: {error}") from error
+
+
+def _parquet_rows(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]]:
+    """Read the columns that the format names; embedded images are named, not read."""
+    number = 0
+    with _existing(url), open_parquet(url) as parquet:
+        leaves = [parquet.schema.column(index) for index in range(len(parquet.schema))]
+        names = dict.fromkeys(leaf.path.split(".")[0] for leaf in leaves)
+        bytes_of = {
+            leaf.path.split(".")[0]: index
+            for index, leaf in enumerate(leaves)
+            if leaf.path.split(".")[0] in form.images
+            and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")
+        }
+        columns = [
+            leaf.path
+            for index, leaf in enumerate(leaves)
+            if leaf.path.split(".")[0] in form.fields and index not in bytes_of.values()
+        ]
+        file = _relative(url, root)
+        for group in range(parquet.num_row_groups):
+            metadata = parquet.metadata.row_group(group)
+            embedding = [name for name, index in bytes_of.items() if not _all_null(metadata.column(index))]
+            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                for row in batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]:
+                    for name in embedding:
+                        # Where a column holds nothing but bytes, only reading them would tell how many images, if any.
+                        held = row.get(name, {})
+                        if held is not None:
+                            count = len(held) if isinstance(held, list) else 1
+                            row[name] = [embedded_uri(file, number, name, index) for index in range(count)]
+                    number += 1
+                    # The columns that were not read are named, so that it can be told what was left out.
+                    yield number, {**names, **row}
+
+
+def _all_null(column: Any) -> bool:
+    statistics = column.statistics
+    return statistics is not None and statistics.has_null_count and statistics.null_count == column.num_values
+
+
+def _relative(url: str, root: str) -> str:
+    below = f"{root.rstrip('/')}/"
+    if url.startswith(below):
+        return url.removeprefix(below)
+    return url if "://" in url else os.path.abspath(url)

@@ -146,6 +146,11 @@ class ComposedProcessor:
         assert isinstance(text, str)
         return text
 
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]]) -> dict[str, list[int]]:
+        # Of the same name and form as in the full processors, which know it for servers that plan without pixels.
+        patches = [self.image_processor.get_number_of_image_patches(*size) for size in image_sizes]
+        return {"num_image_tokens": [count // self.image_processor.merge_size**2 for count in patches]}
+
     def __call__(self, *, text: list[str], images: list[Any], **_: Any) -> dict[str, torch.Tensor]:
         """Give the model's inputs for one prompt."""
         pixels = self.image_processor(images=images, return_tensors="pt")

@@ -4,7 +4,6 @@ An attempt's files lie under `<stage>/<key>/<attempt>/`. The create-only `<stage
 attempt is the artefact; what has no manifest does not exist.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,25 +12,52 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
+from pydantic import ValidationError
 
+from tasks.adapters.cache import FileCache
+from tasks.adapters.files import StoreError as StoreError
+from tasks.adapters.files import patiently
+from tasks.adapters.files import sha256_file as sha256_file
+from tasks.adapters.transfers import BrokenFileError, Folder, open_folder
 from tasks.artifacts import ArtifactRef, FileEntry, Job, Manifest, content_digest
-from vzero_core.errors import VZeroError
 
-_CHUNK = 1 << 20
+T = TypeVar("T")
+
+CACHE_BYTES = 10 << 30
+"""Default size of the local cache of a remote store."""
+_NUM_THREADS = 8
+"""Small requests at once."""
+KEEP = "keep"
+"""Name of the file that protects an artefact from pruning."""
+_MANIFEST = "manifest.json"
 
 
-class StoreError(VZeroError, OSError):
-    """An artefact is missing, damaged or was pruned."""
+class DamagedError(StoreError):
+    """A file of an artefact is gone, or differs from its checksum."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in the store.
+
+    Attributes:
+        path: from the store's root.
+        size: bytes.
+        changed: when it was written.
+    """
+
+    path: str
+    size: int
+    changed: datetime
 
 
 @dataclass
@@ -47,36 +73,66 @@ class Outcome:
 class Store:
     """A place for artefacts."""
 
-    def __init__(self, url: str, work_dir: Path) -> None:
-        """Open the store.
+    def __init__(self, url: str, work_dir: Path, cache_bytes: int = CACHE_BYTES) -> None:
+        """Open the store; nothing is asked of it yet.
 
         Args:
-            url: folder or fsspec URL; a local folder is created at the first write.
-            work_dir: local folder for attempts under way.
+            url: folder or fsspec URL; a local folder is created at the first write, a bucket must exist.
+            work_dir: local folder for attempts under way and the cache.
+            cache_bytes: size of the cache of a remote store's files; a local store has none.
         """
-        self.url = url
-        self._fs, self._root = fsspec.core.url_to_fs(url)
-        self._local = isinstance(self._fs, LocalFileSystem)
+        self.url = url.rstrip("/")
+        self._root = open_folder(url)
         self._work_dir = work_dir
+        self._cache = FileCache(work_dir / "cache", 0 if self._root.local else cache_bytes)
+        self._manifests: dict[ArtifactRef, Manifest] = {}
 
     @cached_property
     def identity(self) -> str:
         """Random name given to the store at its first use; a store that was deleted and made anew has another."""
-        path = self._path("store.json")
-        if not self._fs.exists(path):
-            if self._local:
-                Path(self._root).mkdir(parents=True, exist_ok=True)
-            self._create_only(path, json.dumps({"identity": uuid.uuid4().hex}).encode())
-        identity: str = json.loads(self._fs.cat_file(path))["identity"]
+        content = self._root.read("store.json")
+        if content is None:
+            if self._root.local:
+                Path(self._root.path).mkdir(parents=True, exist_ok=True)
+            self._root.create("store.json", json.dumps({"identity": uuid.uuid4().hex}).encode())
+            content = self._root.read("store.json")
+        if content is None:
+            raise StoreError(f"{self.url} must keep what is written; store.json is gone again: check the bucket")
+        identity: str = json.loads(content)["identity"]
         return identity
 
     def find(self, stage: str, key: str) -> Manifest | None:
-        """Give the manifest committed under a key, or None."""
-        try:
-            content = self._fs.cat_file(self._path(stage, key, "manifest.json"))
-        except FileNotFoundError:
+        """Give the manifest committed under a key, or None.
+
+        Raises:
+            StoreError: it is damaged, or the store cannot be reached.
+        """
+        folder = self._root.below(stage, key)
+        content = folder.read(_MANIFEST)
+        if content is None:
             return None
-        return Manifest.model_validate_json(content)
+        try:
+            return Manifest.model_validate_json(content)
+        except ValidationError as error:
+            raise StoreError(
+                f"{folder.url}/{_MANIFEST} must be whole, but is not; delete {folder.url} and run again"
+            ) from error
+
+    def files(self) -> list[StoredFile]:
+        """List all files there are, whether a manifest names them or not."""
+        found = patiently(lambda: self._root.fs.find(self._root.path, detail=True), self.url)
+        start = len(self._root.path) + 1
+        # A server may list folders too, with a slash at their end.
+        return [
+            StoredFile(info["name"][start:], info["size"], _changed(info))
+            for info in found.values()
+            if info["type"] == "file" and not info["name"].endswith("/")
+        ]
+
+    def manifests(self, files: Iterable[StoredFile]) -> Iterator[Manifest]:
+        """Give the manifests among the files, in their order; one that was deleted since is left out."""
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            yield from filter(None, pool.map(lambda names: self.find(*names), artefact_names(files)))
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
         """Give an artefact's manifest.
@@ -101,38 +157,55 @@ class Store:
         Raises:
             StoreError: the file is not in the artefact, was pruned, or differs from its checksum.
         """
-        manifest = self.manifest(ref)
-        entry = next((entry for entry in manifest.files if entry.path == name), None)
-        if entry is None or manifest.pruned:
-            state = "was pruned" if manifest.pruned else "has no such file"
-            raise StoreError(f"{name} must be in artefact {ref.stage}/{ref.key}, but it {state}")
-        try:
-            content: bytes = self._fs.cat_file(self._path(ref.stage, ref.key, manifest.attempt, name))
-        except FileNotFoundError as error:
-            raise self._damaged(ref, name, "is gone") from error
-        if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise self._damaged(ref, name, "differs from its checksum")
-        return content
+
+        def read_of(manifest: Manifest) -> bytes:
+            entry = next((entry for entry in manifest.files if entry.path == name), None)
+            if entry is None or manifest.pruned:
+                state = "was pruned" if manifest.pruned else "has no such file"
+                raise StoreError(f"{name} must be in artefact {ref.stage}/{ref.key}, but it {state}")
+            content = self._cache.read(entry.sha256)
+            if content is None:
+                with self._attempt(manifest) as attempt:
+                    content = attempt.load(entry)
+                self._cache.add(entry.sha256, content)
+            return content
+
+        return self._with_manifest(ref, read_of)
 
     def fetch(self, ref: ArtifactRef, folder: str, target: Path) -> None:
         """Copy the files below `folder` of an artefact into the local folder `target`, checked.
 
-        The target appears whole or not at all.
+        The target appears whole or not at all. Memory is bounded, also where a file is larger than it.
+
+        Raises:
+            StoreError: there are no such files, they were pruned, or one differs from its checksum.
         """
-        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        names = [entry.path for entry in self.manifest(ref).files if entry.path.startswith(f"{folder}/")]
-        if not names:
-            raise StoreError(f"artefact {ref.stage}/{ref.key} must have files below {folder}/, it has none")
-        for name in names:
-            path = partial / PurePosixPath(name).relative_to(folder)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.read(ref, name))
+        unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
+
+        def fetch_of(manifest: Manifest) -> None:
+            entries = [entry for entry in manifest.files if entry.path.startswith(f"{folder}/")]
+            if not entries or manifest.pruned:
+                state = "was pruned" if manifest.pruned else "has none"
+                raise StoreError(f"artefact {ref.stage}/{ref.key} must have files below {folder}/, but it {state}")
+            paths = {entry: unfinished / PurePosixPath(entry.path).relative_to(folder) for entry in entries}
+            for path in paths.values():
+                path.parent.mkdir(parents=True, exist_ok=True)
+            missing = {entry: path for entry, path in paths.items() if not self._cache.copy(entry.sha256, path)}
+            with self._attempt(manifest) as attempt:
+                attempt.download(missing)
+            for entry, path in missing.items():
+                self._cache.add(entry.sha256, path)
+
         try:
-            partial.rename(target)
-        except OSError:
-            shutil.rmtree(partial)
-            if not target.is_dir():
-                raise
+            self._with_manifest(ref, fetch_of)
+            try:
+                unfinished.rename(target)
+            except OSError:
+                # Somebody else was quicker.
+                if not target.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def produce(self, job: Job, make: Callable[[Path], Outcome]) -> ArtifactRef:
         """Give the artefact of a job: the committed one, or the one that `make` writes into an empty folder.
@@ -152,8 +225,12 @@ class Store:
             return self._commit(job, folder, outcome, revive=found is not None)
 
     def _commit(self, job: Job, folder: Path, outcome: Outcome, *, revive: bool) -> ArtifactRef:
-        files = tuple(sorted(_entries(folder), key=lambda entry: entry.path))
         attempt = uuid.uuid4().hex
+        place = self._root.below(job.stage, job.key)
+        files = place.below(attempt).upload(folder)
+        if not place.local:
+            for entry in files:
+                self._cache.add(entry.sha256, folder / entry.path)
         manifest = Manifest(
             stage=job.stage,
             key=job.key,
@@ -168,92 +245,99 @@ class Store:
             created_at=datetime.now(UTC),
             host=socket.gethostname(),
         )
-        target = self._path(job.stage, job.key, attempt)
-        if self._local:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(folder, target)
-        else:
-            self._fs.put(str(folder), target, recursive=True)
-        path, text = self._path(job.stage, job.key, "manifest.json"), manifest.model_dump_json(indent=1).encode()
+        text = manifest.model_dump_json(indent=1).encode()
         if revive:
-            self._replace(path, text)
-            return manifest.ref
-        if self._create_only(path, text):
-            return manifest.ref
-        self._fs.rm(target, recursive=True)
-        winner = self.find(job.stage, job.key)
-        assert winner is not None, "a manifest that could not be created must be there"
-        return winner.ref
+            place.write(_MANIFEST, text)
+        elif not place.create(_MANIFEST, text):
+            winner = self.find(job.stage, job.key)
+            assert winner is not None, "a manifest that could not be created must be there"
+            # Our own one refuses us where it was created and the server's answer was lost.
+            if winner.attempt != attempt:
+                self.delete(f"{job.stage}/{job.key}/{attempt}")
+                return winner.ref
+        return manifest.ref
 
     def keep(self, ref: ArtifactRef) -> None:
         """Protect an artefact from pruning, for good."""
-        path = self._path(ref.stage, ref.key, "keep")
-        if not self._fs.exists(path):
-            self._fs.pipe_file(path, b"")
+        self._root.below(ref.stage, ref.key).write(KEEP, b"")
 
     def prune(self, ref: ArtifactRef) -> None:
         """Delete an artefact's files, unless it is kept; its manifest remains as a tombstone."""
         manifest = self.manifest(ref)
-        if manifest.pruned or self._fs.exists(self._path(ref.stage, ref.key, "keep")):
+        place = self._root.below(ref.stage, ref.key)
+        if manifest.pruned or place.read(KEEP) is not None:
             return
         tombstone = manifest.model_copy(update={"pruned": True}).model_dump_json(indent=1).encode()
         # The tombstone comes first: a manifest never promises files that are already going.
-        self._replace(self._path(ref.stage, ref.key, "manifest.json"), tombstone)
-        with suppress(FileNotFoundError):
-            self._fs.rm(self._path(ref.stage, ref.key, manifest.attempt), recursive=True)
+        place.write(_MANIFEST, tombstone)
+        self._manifests.pop(ref, None)
+        self.delete(f"{ref.stage}/{ref.key}/{manifest.attempt}")
+
+    def delete(self, path: str) -> None:
+        """Delete a file of the store, or a folder with all that is in it, whatever it is."""
+        fs, whole = self._root.fs, self._root.below(path)
+        if whole.local:
+            with suppress(FileNotFoundError):
+                fs.rm(whole.path, recursive=True)
+            return
+
+        def delete_file(path: str) -> None:
+            with suppress(FileNotFoundError):
+                patiently(lambda: fs.rm_file(path), whole.url + path.removeprefix(whole.path))
+
+        # One by one: s3fs does not tell when a request to delete many was refused.
+        found = patiently(lambda: fs.find(whole.path), whole.url)
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            list(pool.map(delete_file, found))
 
     def path_of(self, ref: ArtifactRef, name: str) -> str:
         """Give where a file of an artefact lies, for a person to open."""
-        return self._path(ref.stage, ref.key, self.manifest(ref).attempt, name)
+        return self._root.below(ref.stage, ref.key, self.manifest(ref).attempt, name).url
 
-    def _replace(self, path: str, content: bytes) -> None:
-        if self._local:
-            partial = f"{path}.{uuid.uuid4().hex}.partial"
-            Path(partial).write_bytes(content)
-            os.replace(partial, path)
-        else:
-            self._fs.pipe_file(path, content)
+    def check(self, manifest: Manifest, entry: FileEntry) -> None:
+        """Read a file of an artefact from the store, not from the cache, and forget it.
 
-    def _create_only(self, path: str, content: bytes) -> bool:
-        if self._local:
-            # A link makes the whole file visible at once or fails; opening with "x" would show half of it.
-            partial = f"{path}.{uuid.uuid4().hex}.partial"
-            Path(partial).write_bytes(content)
-            try:
-                os.link(partial, path)
-            except FileExistsError:
-                return False
-            finally:
-                os.unlink(partial)
-            return True
+        Raises:
+            DamagedError: it is gone, or differs from its checksum.
+        """
+        with self._attempt(manifest) as attempt:
+            attempt.download({entry: Path(os.devnull)})
+
+    def _with_manifest(self, ref: ArtifactRef, use: Callable[[Manifest], T]) -> T:
+        """Use an artefact's manifest, without asking for it again; one that misleads is asked for once more."""
+        known = self._manifests.get(ref)
+        if known is not None:
+            # Another process may have pruned or revived the artefact since.
+            with suppress(DamagedError):
+                return use(known)
+        found = self.manifest(ref)
+        if not found.pruned:
+            self._manifests[ref] = found
+        return use(found)
+
+    @contextmanager
+    def _attempt(self, manifest: Manifest) -> Iterator[Folder]:
+        """Give the folder of an artefact's files; one that is broken is named with its artefact."""
+        place = self._root.below(manifest.stage, manifest.key)
         try:
-            self._fs.pipe_file(path, content, mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-    def _path(self, *parts: str) -> str:
-        return "/".join((self._root, *parts))
-
-    def _damaged(self, ref: ArtifactRef, name: str, what: str) -> StoreError:
-        folder = self._path(ref.stage, ref.key)
-        return StoreError(f"{name} of artefact {ref.stage}/{ref.key} {what}; delete {folder} and run the flow again")
+            yield place.below(manifest.attempt)
+        except BrokenFileError as error:
+            artefact = f"{manifest.stage}/{manifest.key}"
+            raise DamagedError(
+                f"{error.name} of artefact {artefact} {error.problem}; delete {place.url} and run the flow again"
+            ) from error
 
 
-def _entries(folder: Path) -> Iterator[FileEntry]:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            yield FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path))
+def artefact_names(files: Iterable[StoredFile]) -> list[tuple[str, str]]:
+    """Give stage and key of the artefacts whose manifests are among the files."""
+    paths = [PurePosixPath(file.path).parts for file in files]
+    return [(parts[0], parts[1]) for parts in paths if len(parts) == 3 and parts[2] == _MANIFEST]
 
 
-def sha256_file(path: Path) -> str:
-    """Hash a file in bounded memory; 64 hexadecimal digits."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            state.update(chunk)
-    return state.hexdigest()
+def _changed(info: dict[str, Any]) -> datetime:
+    """Give when a listed file was written; each file system has its own name for it."""
+    found = info.get("LastModified") or info.get("mtime") or info["created"]
+    return found if isinstance(found, datetime) else datetime.fromtimestamp(found, UTC)
 
 
 @cache

@@ -123,6 +123,12 @@ class Trainer:
 
     # --- what is held -------------------------------------------------------------------------------------------
 
+    def release(self) -> None:
+        """Let go of model and optimizer; a round after this one loads them again."""
+        self._held = None
+        self.__dict__.pop("_model", None)
+        self.__dict__.pop("_optimizer", None)
+
     def _hold(self, job: TrainJob) -> None:
         """Bring model and optimizer to the state after `job.policy`."""
         if self._held == job.policy.key:

@@ -15,7 +15,8 @@ from tasks.adapters.store import Store
 from tasks.artifacts import Manifest
 
 pytestmark = pytest.mark.e2e
-STAGES = {"model", "check_models", "validate", "evaluation_data", "views", "rollouts", "replay", "gate", "train"}
+DATA_STAGES = {"import_data", "fingerprints", "validate", "data_docs", "evaluation_data", "view_shard", "views"}
+STAGES = {*DATA_STAGES, "model", "check_models", "rollouts", "replay", "gate", "train"}
 
 
 def manifests(folder: Path) -> dict[tuple[str, str], Manifest]:
@@ -58,7 +59,7 @@ def test_the_checkpoint_is_a_plain_model_folder(first: tuple[Path, RunResult]) -
 
 def test_nothing_stored_can_run_code(first: tuple[Path, RunResult]) -> None:
     suffixes = {path.suffix for path in (first[0] / "store").rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".parquet", ".safetensors", ".html", ".jinja", ""}
+    assert suffixes <= {".json", ".parquet", ".safetensors", ".html", ".jinja", ".csv", ""}
     assert {path.name for path in (first[0] / "store").rglob("*") if path.is_file() and not path.suffix} == {"keep"}
 
 

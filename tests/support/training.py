@@ -72,7 +72,7 @@ class TrainingWorld:
         samples = [
             Sample(
                 id=name,
-                image=self.dataset.images.inspect(f"{name}.png"),
+                image=self.dataset.images.inspect(f"{name}.png", decode=True).ref,
                 question=f"w{number} w5",
                 region=(0.0, 0.0, 4.0, 4.0),
             )

@@ -10,23 +10,24 @@ import pytest
 from PIL import Image
 
 from tasks.adapters.charts import Chart, Line, draw, drawable, format_value
-from tasks.adapters.dataset import SAMPLES, Dataset, SampleViews, to_png, views_file
+from tasks.adapters.dataset import QUARANTINE, SAMPLES, VIEW_SHARDS, Dataset, SampleViews, ViewShard, to_png, views_file
 from tasks.adapters.gallery import PromptCard, choose_prompts
 from tasks.adapters.images import ImageReader
-from tasks.adapters.store import Outcome, Store
+from tasks.adapters.store import Outcome, Store, write_json
 from tasks.adapters.tables import write_rows
 from tasks.adapters.training_data import REPLAYS, ROLLOUTS, WEIGHTS, CheckpointJob, TrainJob
 from tasks.artifacts import ArtifactRef, BadRow, Job, Prediction, Replay, Role, Rollout, Sample, Weight
-from tasks.build_views import ViewsJob
-from tasks.check_models import ModelJob
+from tasks.build_views import ViewShardJob, ViewsJob
+from tasks.check_models import CheckModelsJob, ModelJob
 from tasks.config import EngineFingerprint, OptimizerConfig, PromptConfig, SamplingConfig
 from tasks.evaluate import PREDICTIONS, EvaluateJob, wilson_interval
 from tasks.evaluation_data import EvaluationDataJob
 from tasks.gate import GateJob
+from tasks.import_data import ImportDataJob
 from tasks.replay import ReplayJob
 from tasks.report import Evaluation, ReportJob, RoundRefs, build_page, change_of, measurements, report
 from tasks.rollouts import RolloutsJob
-from tasks.validate import QUARANTINE, ValidateJob
+from tasks.validate import ValidateJob
 from vzero_core.config import (
     Gate,
     GateConfig,
@@ -107,11 +108,14 @@ class Run:
         tables: dict[str, tuple[list[Any], Any]],
         summary: dict[str, Any],
         measured: dict[str, float] | None = None,
+        files: dict[str, Any] | None = None,
     ) -> ArtifactRef:
         def make(folder: Path) -> Outcome:
             (folder / "name").write_text(job.key)
             for name, (rows, record) in tables.items():
                 write_rows(folder / name, rows, record)
+            for name, value in (files or {}).items():
+                write_json(folder / name, value)
             return Outcome(summary=summary, measured=measured or {})
 
         return self.store.produce(job, make)
@@ -123,7 +127,9 @@ class Run:
         images = ImageReader(str(folder), 10**6)
         Image.effect_noise((40, 20), 50).convert("RGB").save(folder / "full.png")
         samples = [
-            Sample(id=name, image=images.inspect("full.png"), question=question, region=Box(4, 4, 8, 8))
+            Sample(
+                id=name, image=images.inspect("full.png", decode=True).ref, question=question, region=Box(4, 4, 8, 8)
+            )
             for name, question in (("plain", "what colour?"), ("hostile", HOSTILE))
         ]
         crop = to_png(Image.new("RGB", (8, 8), "red"))
@@ -142,18 +148,41 @@ class Run:
         bad = [BadRow(row=3, id="broken", reason=f"image must exist {HOSTILE}")]
         self.samples = self._put(
             ValidateJob(
-                source="s",
-                models=ArtifactRef(stage="check_models", key="k", digest="d"),
-                max_bad_share=0.5,
-                max_image_pixels=10**6,
+                rows=self._put(ImportDataJob(source="s", images="decode", max_image_pixels=10**6), {}, {}),
+                models=self._put(CheckModelsJob(student=self.teacher, teacher=self.teacher, prompt=PROMPT), {}, {}),
+                compared=(),
+                prompt=PromptConfig(),
+                views=ViewConfig(),
+                region_required=True,
+                max_region_share=1.0,
+                max_hash_distance=4,
+                max_prompt_tokens=None,
+                max_new_tokens=8,
             ),
             {SAMPLES: (samples, Sample), QUARANTINE: (bad, BadRow)},
-            {"num_samples": 2, "num_bad": 1, "num_clipped": 1, "dropped_fields": ["answer"], "bad": []},
+            {
+                "num_samples": 2,
+                "num_bad": 1,
+                "num_clipped": 1,
+                "dropped_fields": ["answer"],
+                "bad": [],
+                "unchecked": [],
+            },
         )
+        shards = [
+            self._put(
+                ViewShardJob(samples=self.samples, views=ViewConfig(), seed=0, shard=shard, num_shards=2),
+                {SAMPLES: (samples[shard:][:1], Sample), views_file(0): (views[shard:][:1], SampleViews)},
+                {"num_samples": 1, "num_bad": 0},
+            )
+            for shard in range(2)
+        ]
+        rows = [ViewShard(ref=shard, num_samples=1).model_dump() for shard in shards]
         self.views = self._put(
-            ViewsJob(samples=self.samples, views=ViewConfig(), max_bad_share=0.5, seed=0),
-            {SAMPLES: (samples, Sample), views_file(0): (views, SampleViews), QUARANTINE: ([], BadRow)},
+            ViewsJob(shards=tuple(shards), max_bad_share=0.5),
+            {SAMPLES: (samples, Sample), QUARANTINE: ([], BadRow)},
             {"num_samples": 2, "num_bad": 0},
+            files={VIEW_SHARDS: rows},
         )
 
     def _round(self, number: int, policy: ArtifactRef) -> RoundRefs:

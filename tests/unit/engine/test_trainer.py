@@ -1,7 +1,9 @@
 """The trainer as a resource: warm or cold, cut anyhow, failed and tried again, it makes the same policy."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -198,10 +200,12 @@ class Run:
         self.context = RunContext(
             store=self.world.store,
             data=unused,
+            compared=(),
             dataset=self.world.dataset,
             evaluation=unused,
             engines=self.engines,
             terminal=Silent(),
+            image_threads=1,
             checkpoint_every=self.checkpoint_every,
         )
 
@@ -350,6 +354,17 @@ def test_the_last_job_costs_nothing_again(world: TrainingWorld) -> None:
     trainer = world.trainer()
     update = trainer.train(world.job())
     assert trainer.train(world.job()) is update
+
+
+def test_what_was_let_go_is_loaded_again(make_run: Callable[..., Run], undisturbed: ArtifactRef) -> None:
+    run = make_run("released")
+    policy = run.rounds(1)
+    held = weakref.ref(run.engines.trainer._model)
+    with run.engines:
+        pass
+    gc.collect()
+    assert held() is None
+    assert run.rounds(3, first=2, policy=policy) == undisturbed
 
 
 def test_going_back_to_another_policy_reloads(make_run: Callable[..., Run], undisturbed: ArtifactRef) -> None:

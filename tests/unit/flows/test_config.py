@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flows.config import PROJECT, RunConfig, load_config, main
-from tasks.config import JsonlData
+from tasks.config import FileData
 from vzero_core.config import GateConfig, NoGateConfig, PolicyGradientLoss, preset
 from vzero_core.errors import ConfigError
 
@@ -95,7 +95,7 @@ def test_a_variant_of_the_gate_is_a_setting(tmp_path: Path) -> None:
 def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:
     text = "[data.source]\nkind = 'jsonl'\npath = 'a.jsonl'\n[student]\npath = 'm'\n[store]\nurl = 's3://bucket/x'"
     config = load_config(toml(tmp_path, text))
-    assert isinstance(config.data.source, JsonlData)
+    assert isinstance(config.data.source, FileData)
     assert config.data.source.path == str(tmp_path / "a.jsonl")
     assert config.student.path == str(tmp_path / "m")
     assert config.teacher.path == "embedded:teacher"

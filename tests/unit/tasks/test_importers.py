@@ -1,153 +1,475 @@
-"""Rows become samples, or stand aside with the reason; no answer comes through."""
+"""Rows are read as they are asked for; a bad one comes with its number and reason, and ends nothing."""
 
+import errno
+import io
 import json
-import re
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from support.formats import SECRET, WRITERS, png, save, write_jsonl, write_parquet
 
+from tasks.adapters import images as images_module
+from tasks.adapters import importers as module
+from tasks.adapters.files import StoreUnavailableError
 from tasks.adapters.images import ImageReader
-from tasks.adapters.importers import EVALUATION, TRAINING, Imported, import_samples, locate, source_digest
-from tasks.config import SmallWorldData
+from tasks.adapters.importers import (
+    SourceRow,
+    count_rows,
+    image_root,
+    import_evaluation,
+    import_row,
+    locate,
+    name_bad_rows,
+    read_source,
+    source_digest,
+)
+from tasks.artifacts import BadRow, EvaluationSample
+from tasks.config import FileData, SmallWorldData
 from vzero_core.errors import InputError
 from vzero_core.views import Box
 
 GOOD = {"id": "a", "image": "a.png", "question": "what?", "region": [1, 2, 3, 4]}
+VISCOT = {"image": ["a.png", "a.png###[1, 2, 3, 4]"], "conversations": [{"from": "human", "value": "what?"}]}
 
 
 @pytest.fixture(autouse=True)
 def image(tmp_path: Path) -> None:
     Image.new("RGB", (10, 8)).save(tmp_path / "a.png")
-    (tmp_path / "text.png").write_text("no image")
 
 
-def load(folder: Path, rows: list[Any], form: Any = TRAINING, share: float = 1.0) -> Imported[Any]:
-    return load_file(write(folder, rows), form, share)
+def jsonl(folder: Path, rows: list[Any]) -> FileData:
+    write_jsonl(folder / "d.jsonl", rows)
+    return FileData(kind="jsonl", path=str(folder / "d.jsonl"))
 
 
-def write(folder: Path, rows: list[Any]) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    (folder / "d.jsonl").write_text("\n".join(lines))
-    return folder / "d.jsonl"
+def array(folder: Path, text: str | bytes) -> FileData:
+    save(folder / "d.json", text if isinstance(text, bytes) else text.encode())
+    return FileData(kind="viscot_363k", path=str(folder / "d.json"))
 
 
-def load_file(path: Path, form: Any, share: float) -> Imported[Any]:
-    reader = ImageReader(str(path.parent), 1000)
-    return import_samples(
-        str(path), form, reader, reserved=("<image>",), max_bad_share=share, advance=lambda count: None
-    )
+def reasons(source: FileData) -> dict[int, str]:
+    return {row.row: row.reason for row in read_source(source) if isinstance(row, BadRow)}
 
 
-def test_a_good_row_becomes_a_sample(tmp_path: Path) -> None:
-    found = load(tmp_path, [{**GOOD, "source": "s", "license": "CC0", "detail_image": "a.png"}])
-    (sample,) = found.samples
-    assert (sample.id, sample.question, sample.region) == ("a", "what?", Box(1, 2, 3, 4))
-    assert (sample.image.width, sample.image.height) == (10, 8)
-    assert (sample.source, sample.license, sample.group) == ("s", "CC0", None)
-    assert sample.detail_image == sample.image
-    assert found.bad == []
+class Counted(io.FileIO):
+    """Counts the bytes that are read."""
+
+    total = 0
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        Counted.total += count
+        return count
+
+    def read(self, size: int = -1) -> bytes:
+        content = super().read(size)
+        Counted.total += len(content)
+        return content
 
 
-def test_answers_and_other_fields_are_dropped_and_named(tmp_path: Path) -> None:
-    found = load(tmp_path, [{**GOOD, "answer": "secret", "solution": "secret"}])
-    assert "secret" not in found.samples[0].model_dump_json()
-    assert found.summary()["dropped_fields"] == ["answer", "solution"]
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
+    """Every file is opened so that what is read of it is counted."""
+    Counted.total = 0
+    for opener in (module, images_module):
+        monkeypatch.setattr(opener, "open_file", Counted)
+    return Counted
+
+
+# --- JSONL --------------------------------------------------------------------------------------------------------
+
+
+def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, [GOOD, "", "  ", GOOD])
+    assert [row.row for row in read_source(source)] == [1, 4]
+    assert count_rows(source) == 2
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '"text"', "NaN", "7", "[" * 100_000, "1" * 5000, "{}{}"])
+def test_a_line_that_is_no_object_is_set_aside_and_the_next_is_read(tmp_path: Path, line: str) -> None:
+    source = jsonl(tmp_path, [GOOD, line, GOOD])
+    assert list(reasons(source)) == [2]
+    assert "row must be a JSON object" in reasons(source)[2]
+    assert len(list(read_source(source))) == 3
+
+
+def test_a_line_that_is_no_text_is_set_aside(tmp_path: Path) -> None:
+    line = json.dumps(GOOD).encode()
+    save(tmp_path / "d.jsonl", b"\xef\xbb\xbf" + line + b"\n\xff\xfe\xfa\n" + line)
+    assert list(reasons(FileData(kind="jsonl", path=str(tmp_path / "d.jsonl")))) == [2]
+
+
+def test_a_bad_row_keeps_its_id_where_it_has_one(tmp_path: Path) -> None:
+    rows = list(read_source(jsonl(tmp_path, [GOOD | {"question": 7}, GOOD | {"id": 7, "question": 7}])))
+    assert [row.id for row in rows] == ["a", "7"]
+
+
+def test_lines_are_read_one_by_one(tmp_path: Path, counted: type[Counted]) -> None:
+    source = jsonl(tmp_path, [GOOD, "{broken", *[GOOD] * 50_000])
+    rows = read_source(source)
+    assert isinstance(next(rows), SourceRow)
+    assert isinstance(next(rows), BadRow)
+    assert counted.total < 1000 < os.path.getsize(source.path)
+
+
+# --- a JSON array -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_an_array_is_read_whatever_its_layout(tmp_path: Path, indent: int | None) -> None:
+    source = array(tmp_path, b"\xef\xbb\xbf\n " + json.dumps([VISCOT] * 5000, indent=indent).encode() + b"\n")
+    assert [row.row for row in read_source(source)] == list(range(1, 5001))
+    assert count_rows(source) == 5000
+    with pytest.raises(InputError, match="training data must have rows"):
+        list(read_source(array(tmp_path, "[\n]")))
+
+
+def test_a_row_longer_than_what_is_read_at_once_is_read(tmp_path: Path) -> None:
+    turn = {"from": "human", "value": "x" * 3_000_000 + "ä"}
+    rows = list(read_source(array(tmp_path, json.dumps([VISCOT, VISCOT | {"conversations": [turn]}, VISCOT]))))
+    assert [isinstance(row, SourceRow) for row in rows] == [True] * 3
+
+
+def test_a_member_of_an_array_that_is_no_row_is_set_aside(tmp_path: Path) -> None:
+    assert list(reasons(array(tmp_path, json.dumps([VISCOT, 7, "text", None, [], VISCOT])))) == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("rest", "message"),
     [
-        ({"image": "missing.png"}, "image missing.png must exist"),
-        ({"image": "text.png"}, "image text.png must be an image"),
-        ({"image": 7}, "image must be a text"),
-        ({"question": "  "}, "question must be a text that is not empty"),
-        ({"question": "what <image>?"}, "must not hold special tokens of the models, got '<image>'"),
-        ({"region": None}, "row must have id, image, question, region; region missing"),
-        ({"region": [1, 2, 3]}, r"region must be \[x1, y1, x2, y2\]"),
-        ({"region": "1,2,3,4"}, r"region must be \[x1, y1, x2, y2\]"),
-        ({"region": [1, 2, True, 4]}, r"region must be \[x1, y1, x2, y2\]"),
-        ({"region": [1, 2, 1, 4]}, "."),
-        ({"region": [3, 2, 1, 4]}, "."),
-        ({"region": [20, 20, 30, 30]}, "."),
+        ("{broken}]", "row 2 is no JSON"),
+        ('{"image": "a', "row 2 is no JSON"),
+        ("", "row 2 is no JSON"),
+        ("[" * 100_000, "row 2 is not"),
+        (b"\xff\xfe", "must be JSON in UTF-8, but row"),
     ],
 )
-def test_a_bad_row_stands_aside_with_its_number_and_reason(tmp_path: Path, change: Any, reason: str) -> None:
-    found = load(tmp_path, [GOOD, {**GOOD, "id": "b", **change}, {**GOOD, "id": "c"}])
-    assert [sample.id for sample in found.samples] == ["a", "c"]
-    (bad,) = found.bad
-    assert bad.row == 2
-    assert re.search(reason, bad.reason)
+def test_a_broken_array_gives_the_rows_before_and_then_stops(tmp_path: Path, rest: Any, message: str) -> None:
+    """What follows cannot be told apart, so it must not be skipped silently."""
+    start = f"[{json.dumps(VISCOT)}, {' ' * 3_000_000}".encode()
+    rows = read_source(array(tmp_path, start + (rest if isinstance(rest, bytes) else rest.encode())))
+    assert isinstance(next(rows), SourceRow)
+    with pytest.raises(InputError, match=message):
+        next(rows)
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '"text"', "NaN"])
-def test_a_line_that_is_no_object_stands_aside(tmp_path: Path, line: str) -> None:
-    found = load(tmp_path, [GOOD, line])
-    assert [bad.row for bad in found.bad] == [2]
-    assert "row must be a JSON object" in found.bad[0].reason
+@pytest.mark.parametrize("text", ['{"data": []}', "hello"])
+def test_what_is_no_array_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="must be a JSON array of rows"):
+        list(read_source(array(tmp_path, text)))
 
 
-def test_an_infinite_box_stands_aside(tmp_path: Path) -> None:
-    found = load(tmp_path, [GOOD, json.dumps({**GOOD, "id": "b"}).replace("4]", "Infinity]")])
-    assert "finite" in found.bad[0].reason
+def test_an_array_is_read_in_little_memory_and_from_its_start(tmp_path: Path, counted: type[Counted]) -> None:
+    turn = {"from": "human", "value": "what? " * 2000}
+    source = array(tmp_path, json.dumps([VISCOT | {"conversations": [turn]}] * 2000))
+    size = os.path.getsize(source.path)
+    assert size > 20_000_000
+    rows = read_source(source)
+    next(rows)
+    assert counted.total < size / 10
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in rows) == 1999
+        assert tracemalloc.get_traced_memory()[1] < size / 3
+    finally:
+        tracemalloc.stop()
 
 
-def test_a_second_row_with_an_id_stands_aside(tmp_path: Path) -> None:
-    found = load(tmp_path, [GOOD, GOOD])
-    assert len(found.samples) == 1
-    assert "row 1 has it too" in found.bad[0].reason
+# --- Parquet ------------------------------------------------------------------------------------------------------
 
 
-def test_a_box_that_sticks_out_is_clipped_and_counted(tmp_path: Path) -> None:
-    found = load(tmp_path, [{**GOOD, "region": [5, 5, 50, 50]}])
-    assert found.samples[0].region == Box(5, 5, 10, 8)
-    assert found.num_clipped == 1
+def test_embedded_images_are_not_read_with_the_rows(tmp_path: Path, counted: type[Counted]) -> None:
+    """50 rows with an image of 1 MB each, and answers of 1 MB: neither is touched."""
+    picture = {"bytes": os.urandom(1_000_000), "path": "x.png"}
+    row = {"id": "a", "image": picture, "question": "what?", "region": [1.0, 2.0, 3.0, 4.0], "answer": SECRET * 60_000}
+    write_parquet(tmp_path / "t.parquet", [row] * 50, compression="none", use_dictionary=False)
+    source = FileData(kind="parquet", path=str(tmp_path / "t.parquet"))
+    assert os.path.getsize(source.path) > 90_000_000
+    rows = list(read_source(source))
+    assert count_rows(source) == len(rows) == 50
+    assert isinstance(rows[49], SourceRow)
+    assert rows[49].image == "t.parquet#row=49&column=image&index=0"
+    assert rows[49].dropped == ("answer",)
+    assert counted.total < 1_000_000
 
 
-def test_too_many_bad_rows_stop_naming_them(tmp_path: Path) -> None:
-    rows = [GOOD, {**GOOD, "id": "b", "image": "missing.png"}]
-    assert len(load(tmp_path, rows, share=0.5).samples) == 1
-    with pytest.raises(InputError, match=r"(?s)at most 49.0% .* got 1 of 2.*row 2 \(b\): image missing.png must exist"):
-        load(tmp_path, rows, share=0.49)
-    with pytest.raises(InputError, match="got 1 of 1"):
-        load(tmp_path, rows[1:], share=1.0)
+def test_row_groups_are_read_as_they_are_asked_for(tmp_path: Path, counted: type[Counted]) -> None:
+    rows = [GOOD | {"question": os.urandom(500).hex()} for _ in range(20_000)]
+    write_parquet(tmp_path / "t.parquet", rows, row_group_size=500, compression="none")
+    found = read_source(FileData(kind="parquet", path=str(tmp_path / "t.parquet")))
+    next(found)
+    assert counted.total < os.path.getsize(tmp_path / "t.parquet") / 10
+    assert sum(1 for _ in found) == 19_999
 
 
-def test_an_empty_or_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="file is empty"):
-        load(tmp_path, ["  "])
-    with pytest.raises(InputError, match="no such file"):
-        load_file(tmp_path / "no", TRAINING, 0)
+def test_embedded_images_are_numbered_across_row_groups(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "image": png((8, 8 + number)), "question": "what?"} for number in range(5)]
+    write_parquet(tmp_path / "t.parquet", rows, row_group_size=2)
+    source = FileData(kind="parquet", path=str(tmp_path / "t.parquet"))
+    reader = ImageReader(image_root(source), 1000)
+    found = [import_row(row, reader, decode=True) for row in read_source(source) if isinstance(row, SourceRow)]
+    assert [row.image.height for row in found if row.image is not None] == [8, 9, 10, 11, 12]
 
 
-def test_evaluation_rows_have_answers_and_may_have_regions(tmp_path: Path) -> None:
-    row = {"id": 1, "image": "a.png", "question": "what?", "answer": 7}
-    found = load(tmp_path, [row, {**row, "id": 2, "region": [0, 0, 2, 2]}], EVALUATION)
-    assert [(sample.id, sample.answer, sample.region) for sample in found.samples] == [
-        ("1", "7", None),
-        ("2", "7", Box(0, 0, 2, 2)),
+def test_embedded_images_are_found_where_the_image_root_is_another_folder(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "rows" / "t.parquet", [{"id": "a", "image": png(), "question": "what?"}])
+    source = FileData(kind="parquet", path=str(tmp_path / "rows" / "t.parquet"), image_root=str(tmp_path / "images"))
+    (row,) = read_source(source)
+    assert isinstance(row, SourceRow)
+    assert import_row(row, ImageReader(image_root(source), 10_000), decode=True).problem is None
+
+
+@pytest.mark.parametrize("content", [b"PAR1", b"no Parquet at all", b""])
+def test_what_is_no_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path / "t.parquet", content)
+    source = FileData(kind="parquet", path=str(tmp_path / "t.parquet"))
+    for read in (count_rows, lambda source: list(read_source(source))):
+        with pytest.raises(InputError, match=r"t\.parquet must be a whole Parquet file"):
+            read(source)
+
+
+def test_a_lost_server_is_no_broken_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(errno.EIO, "gone")
+
+    write_parquet(tmp_path / "t.parquet", [GOOD])
+    monkeypatch.setattr(images_module, "open_file", Failing)
+    with pytest.raises(OSError, match="gone") as error:
+        count_rows(FileData(kind="parquet", path=str(tmp_path / "t.parquet")))
+    assert not isinstance(error.value, InputError)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_folder_follow_one_another_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for name, rows in {"b": [GOOD, "{broken"], "a": [GOOD, GOOD, GOOD], "c": [GOOD]}.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    for name in ("README.md", ".hidden.jsonl", "other.json"):
+        save(folder / name, b"{broken")
+    source = FileData(kind="jsonl", path=str(folder))
+    rows = list(read_source(source))
+    assert [row.row for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert reasons(source)[5].startswith("b.jsonl row 2: row must be a JSON object")
+    assert count_rows(source) == 6
+    assert image_root(source) == str(folder)
+
+
+def test_rows_without_ids_are_named_after_their_files(tmp_path: Path) -> None:
+    row = {name: value for name, value in GOOD.items() if name != "id"}
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", [row, row])
+    assert [row.id for row in read_source(FileData(kind="jsonl", path=f"{tmp_path}/data/"))] == [
+        "a:1",
+        "a:2",
+        "b:1",
+        "b:2",
     ]
 
 
-def test_source_digest_sees_the_file_and_every_image(tmp_path: Path) -> None:
-    load(tmp_path, [GOOD])
-    reader, path = ImageReader(str(tmp_path), 1000), str(tmp_path / "d.jsonl")
-    first = source_digest(path, "data", reader)
-    assert source_digest(path, "data", reader) == first
-    Image.new("RGB", (11, 8)).save(tmp_path / "a.png")
-    second = source_digest(path, "data", reader)
-    load(tmp_path, [GOOD, "{broken"])
-    assert len({first, second, source_digest(path, "data", reader)}) == 3
+def test_a_folder_without_such_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training data of kind parquet must be \.parquet files, got none in"):
+        list(read_source(FileData(kind="parquet", path=str(tmp_path))))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "viscot_363k", "parquet"])
+def test_a_missing_file_is_refused(tmp_path: Path, kind: Any) -> None:
+    source = FileData(kind=kind, path=str(tmp_path / "no"))
+    for read in (count_rows, lambda source: list(read_source(source))):
+        with pytest.raises(InputError, match=r"there is no such file: .*/no"):
+            read(source)
+
+
+def test_data_without_rows_is_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [], pa.schema([("image", pa.string()), ("question", pa.string())]))
+    parquet = FileData(kind="parquet", path=str(tmp_path / "t.parquet"))
+    for source in (jsonl(tmp_path, ["  "]), parquet, array(tmp_path, " ")):
+        with pytest.raises(InputError, match=r"training data must have rows, but .* is empty"):
+            list(read_source(source))
+
+
+def test_relative_paths_count_from_the_image_root_or_the_files_folder() -> None:
+    assert image_root(FileData(kind="jsonl", path="data/d.jsonl")) == "data"
+    assert image_root(FileData(kind="jsonl", path="d.jsonl")) == "."
+    assert image_root(FileData(kind="jsonl", path="data/d.jsonl", image_root="s3://bucket/x")) == "s3://bucket/x"
 
 
 def test_the_small_world_is_drawn_once(tmp_path: Path) -> None:
-    source = SmallWorldData(num_prompts=3, num_evaluation=2)
-    files = locate(source, tmp_path)
-    rows = [json.loads(line) for line in Path(files.train).read_text().splitlines()]
-    assert len(rows) == 3
-    assert all("answer" not in row for row in rows)
-    stamp = Path(files.train).stat().st_mtime_ns
-    assert locate(source, tmp_path) == files
-    assert Path(files.train).stat().st_mtime_ns == stamp
-    assert locate(SmallWorldData(num_prompts=3, num_evaluation=2, seed=1), tmp_path) != files
+    small = SmallWorldData(num_prompts=3, num_evaluation=2)
+    source = locate(small, tmp_path)
+    rows = list(read_source(source))
+    assert [isinstance(row, SourceRow) and not row.dropped for row in rows] == [True] * 3
+    stamp = Path(source.path).stat().st_mtime_ns
+    assert locate(small, tmp_path) == source
+    assert Path(source.path).stat().st_mtime_ns == stamp
+    assert locate(SmallWorldData(num_prompts=3, num_evaluation=2, seed=1), tmp_path) != source
+    assert locate(source, tmp_path) == source
+
+
+# --- a row and its images -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"image": "missing.png"}, "image missing.png must exist"),
+        ({"image": "text.png"}, "image text.png must be an image"),
+        ({"image": "../a.png"}, "must stay inside"),
+        ({"image": ""}, "must be a file"),
+        ({"image": "a.png/b.png"}, "must be a file"),
+        ({"image": "a\0.png"}, "must be a path"),
+        ({"detail_image": "missing.png"}, "image missing.png must exist"),
+        ({"negative_image": "missing.png", "region": [1]}, "region must be four numbers, such as [x1, y1, x2, y2]"),
+        ({"negative_image": "missing.png", "region": [1]}, "got [1]; image missing.png must exist"),
+    ],
+)
+def test_what_is_wrong_with_images_stands_in_the_row(tmp_path: Path, changes: Any, problem: str, decode: bool) -> None:
+    save(tmp_path / "text.png", b"no image")
+    (row,) = read_source(jsonl(tmp_path, [GOOD | changes]))
+    assert isinstance(row, SourceRow)
+    found = import_row(row, ImageReader(str(tmp_path), 1000), decode=decode)
+    assert problem in (found.problem or "")
+    assert (found.image is None) is ("image" in changes)
+
+
+def test_a_lost_server_is_no_fault_of_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(url: str) -> bytes:
+        raise StoreUnavailableError("gone")
+
+    monkeypatch.setattr(images_module, "read_bytes", lost)
+    (row,) = read_source(jsonl(tmp_path, [GOOD]))
+    assert isinstance(row, SourceRow)
+    with pytest.raises(StoreUnavailableError):
+        import_row(row, ImageReader(str(tmp_path), 1000), decode=True)
+
+
+def test_a_region_is_given_as_it_is_and_not_judged(tmp_path: Path) -> None:
+    (row,) = read_source(jsonl(tmp_path, [GOOD | {"region": [50, 50, -1, 7]}]))
+    assert isinstance(row, SourceRow)
+    assert import_row(row, ImageReader(str(tmp_path), 1000), decode=True).region == Box(50, 50, -1, 7)
+
+
+# --- digest -------------------------------------------------------------------------------------------------------
+
+
+def touch(path: Path, content: bytes) -> None:
+    """Change a file and, whatever the clock's grain, its time."""
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    save(path, content)
+    os.utime(path, ns=(before + 10**9, before + 10**9))
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_the_digest_sees_rows_and_images(tmp_path: Path, kind: str) -> None:
+    source = WRITERS[kind](tmp_path / "x")
+    reader = ImageReader(image_root(source), 10**6)
+    (first, *_) = read_source(source)
+    assert isinstance(first, SourceRow)
+    digests = [source_digest(source, reader)]
+    assert source_digest(source, reader) == digests[0]
+    for uri in first.images:
+        file = Path(reader.locate(uri.partition("#")[0]))
+        touch(file, file.read_bytes())
+        digests.append(source_digest(source, reader))
+    other = source.model_copy(update={"box_unit": "fraction"})
+    digests.append(source_digest(other, reader))
+    assert len(set(digests)) == len(digests)
+
+
+def test_the_digest_sees_every_line_of_a_text(tmp_path: Path) -> None:
+    """Evaluation data is digested so, too: there, the answer counts."""
+    reader = ImageReader(str(tmp_path), 1000)
+    rows = [[GOOD], [GOOD, GOOD], [GOOD, "{broken"], [GOOD | {"answer": "x"}], [GOOD | {"answer": "y"}]]
+    assert len({source_digest(jsonl(tmp_path, each), reader) for each in rows}) == len(rows)
+
+
+def test_the_digest_sees_an_image_that_appears(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, [GOOD | {"image": "b.png", "detail_image": "../x.png"}])
+    reader = ImageReader(str(tmp_path), 1000)
+    before = source_digest(source, reader)
+    save(tmp_path / "b.png", png())
+    assert source_digest(source, reader) != before
+
+
+def test_the_digest_of_parquet_sees_rows_but_reads_no_embedded_image(tmp_path: Path, counted: type[Counted]) -> None:
+    path = tmp_path / "t.parquet"
+    reader = ImageReader(str(tmp_path), 1000)
+    picture = os.urandom(2_000_000)
+
+    def digest(question: str) -> str:
+        row = {"id": "a", "image": picture, "question": question}
+        write_parquet(path, [row] * 10, compression="none", use_dictionary=False)
+        os.utime(path, ns=(0, 0))
+        return source_digest(FileData(kind="parquet", path=str(path)), reader)
+
+    assert digest("what?") == digest("what?") != digest("who??")
+    assert counted.total < 1_000_000
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+QUESTION = {"id": 1, "image": "a.png", "question": "what?", "answer": 7}
+
+
+def evaluate(folder: Path, rows: list[Any]) -> list[EvaluationSample]:
+    source = jsonl(folder, rows)
+    advanced: list[int] = []
+    samples = import_evaluation(
+        source.path, ImageReader(str(folder), 1000), reserved=("<image>",), advance=advanced.append
+    )
+    assert advanced == [1] * len(samples)
+    return samples
+
+
+def test_evaluation_rows_have_answers_and_may_have_regions(tmp_path: Path) -> None:
+    more = {"id": "2", "region": "[5, 5, 50, 50]", "detail_image": "a.png"}
+    first, second = evaluate(tmp_path, [QUESTION, QUESTION | more])
+    assert (first.id, first.answer, first.region, first.detail_image) == ("1", "7", None, None)
+    assert (second.id, second.answer, second.region) == ("2", "7", Box(5, 5, 10, 8))
+    assert second.detail_image == second.image
+    assert second.image.sha256 is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"id": None}, "row must have id, image, question and answer; id missing"),
+        ({"answer": None}, "answer missing"),
+        ({"answer": " "}, "answer must not be empty"),
+        ({"answer": "\ud800"}, "must be valid Unicode"),
+        ({"question": " "}, "question must not be empty"),
+        ({"question": "what <image>?"}, "must not hold special tokens of the models, got '<image>'"),
+        ({"image": "missing.png"}, "image missing.png must exist"),
+        ({"region": [1, 2]}, "region must be four numbers"),
+        ({"region": [20, 20, 30, 30]}, "box must meet the 10x8 image"),
+        ({}, "id must be unique"),
+    ],
+)
+def test_a_bad_evaluation_row_is_named_and_stops(tmp_path: Path, changes: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=r"(?s)no row may be bad, got 1 of 2; .*row 2 ") as error:
+        evaluate(tmp_path, [QUESTION, QUESTION | ({"id": 2} | changes if changes else {})])
+    assert reason in str(error.value)
+
+
+def test_evaluation_data_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="evaluation data must have rows"):
+        evaluate(tmp_path, [" "])
+    with pytest.raises(InputError, match="no such file"):
+        import_evaluation(str(tmp_path / "no"), ImageReader(str(tmp_path), 1), reserved=(), advance=lambda count: None)
+
+
+def test_of_many_bad_rows_the_first_are_named() -> None:
+    bad = [BadRow(row=number, id=None, reason=f"reason {number}") for number in range(1, 8)]
+    text = name_bad_rows(bad)
+    assert "row 5 (no id): reason 5" in text
+    assert "reason 6" not in text
+    assert "... and 2 more" in text
+    assert "more" not in name_bad_rows(bad[:5])

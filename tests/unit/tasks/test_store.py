@@ -19,10 +19,13 @@ class TextJob(Job):
     source: ArtifactRef | None = None
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "local":
         yield Store(str(tmp_path / "store"), tmp_path / "work")
+        return
+    if request.param == "s3":
+        yield Store(request.getfixturevalue("s3_url"), tmp_path / "work")
         return
     memory = fsspec.filesystem("memory")
     memory.store.clear()
@@ -82,6 +85,7 @@ def test_a_failed_attempt_leaves_nothing_visible(store: Store, tmp_path: Path) -
         store.produce(job, fail)
     assert store.find(job.stage, job.key) is None
     assert list((tmp_path / "work").iterdir()) == []
+    assert store.files() == []
     assert store.produce(job, write("hello")).key == job.key
 
 
@@ -137,7 +141,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "store"), tmp_path / "work")
     ref = store.produce(TextJob(text="hello"), write("hello"))
     Path(store.path_of(ref, "other.txt")).unlink()
-    with pytest.raises(StoreError, match=r"other\.txt .* is gone"):
+    with pytest.raises(StoreError, match=r"^other\.txt of artefact .* is gone"):
         store.read(ref, "other.txt")
     with pytest.raises(StoreError, match="no such file"):
         store.read(ref, "never.txt")

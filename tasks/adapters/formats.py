@@ -1,0 +1,323 @@
+"""Formats of training data: one function each. It picks the fields that training needs; no function reads an answer.
+
+The layouts are those of the published files and of the code that reads them; docs/DATA.md shows each.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from vzero_core.errors import InputError
+from vzero_core.views import Box
+
+BoxFormat = Literal["xyxy", "xywh"]
+BoxUnit = Literal["pixels", "fraction", "per_mille"]
+
+_PLACEHOLDER = re.compile(r"<(?:image|crop)>")
+_NUMBERS_ONLY = re.compile(r"[\s\[\](),;\d.eE+-]*")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+
+
+class Fields(NamedTuple):
+    """What a row says, in the words of its format: image names as they stand there, boxes not yet parsed."""
+
+    question: str
+    image: str
+    boxes: Any = None
+    id: str | None = None
+    detail_image: str | None = None
+    positive_image: str | None = None
+    negative_image: str | None = None
+    source: str | None = None
+    license: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows of a format are read.
+
+    Attributes:
+        suffix: of its files, where a folder is given: `.jsonl`, `.json` (one array of rows) or `.parquet`.
+        fields: the fields that `read` may look at; all others stay outside.
+        images: those of them that name images, or hold them.
+        read: gives the fields of a row; raises InputError for one of another form.
+        box_format: xyxy or xywh (left, top, width, height).
+    """
+
+    suffix: Literal[".jsonl", ".json", ".parquet"]
+    fields: tuple[str, ...]
+    images: tuple[str, ...]
+    read: Callable[[dict[str, Any]], Fields]
+    box_format: BoxFormat = "xyxy"
+
+
+# --- the formats --------------------------------------------------------------------------------------------------
+
+
+def own(row: dict[str, Any]) -> Fields:
+    """Read a row of the project's own format, in JSONL or Parquet."""
+    missing = [name for name in ("image", "question") if row.get(name) is None]
+    if missing:
+        raise InputError(f"row must have image and question; {', '.join(missing)} missing")
+    return Fields(
+        question=_text(row, "question"),
+        image=_image(row, "image"),
+        boxes=row.get("region"),
+        id=_label(row, "id"),
+        detail_image=_optional_image(row, "detail_image"),
+        positive_image=_optional_image(row, "positive_image"),
+        negative_image=_optional_image(row, "negative_image"),
+        source=_label(row, "source"),
+        license=_label(row, "license"),
+        group=_label(row, "group"),
+    )
+
+
+_RED_BOX = re.compile(
+    r"\s*only focus on the objects inside the red bounding box in the image to answer this question\.?", re.IGNORECASE
+)
+
+
+def zwz_rl_vqa(row: dict[str, Any]) -> Fields:
+    """Read a row of ZwZ-RL-VQA.
+
+    Its pictures below `images/` have the box burned in, in red, and its questions end by pointing at it; the clean
+    pictures lie below `original_images/` under the same names, or are named in a column of that name.
+    """
+    question = _RED_BOX.sub("", _question(_text(row, "problem")))
+    if "red bounding box" in question.lower():
+        raise InputError(f"problem must not need the red bounding box, which the clean image lacks, got {question!r}")
+    image = _optional_image(row, "original_images")
+    if image is None:
+        drawn = _image(row, "images")
+        image = re.sub(r"^((?:.*/)?)images/", r"\1original_images/", drawn)
+        if "original_images/" not in image:
+            raise InputError(f"images must lie below images/ or original_images/, got {drawn!r}: a box may be drawn in")
+    return Fields(question=question, image=image, boxes=row.get("bbox"), source="ZwZ-RL-VQA")
+
+
+def visual_cot(row: dict[str, Any]) -> Fields:
+    """Read a row of Visual CoT's `*_cot_train.jsonl`; images lie below `cot/<dataset>/`, as its own tools have it."""
+    dataset = _text(row, "dataset")
+    # TextCaps shares the pictures of TextVQA.
+    folder = "textvqa" if dataset == "textcap" else dataset
+    return Fields(
+        question=_question(_text(row, "question")),
+        image=f"cot/{folder}/{_image(row, 'image')}",
+        boxes=row.get("bboxs"),
+        source=f"Visual-CoT/{dataset}",
+    )
+
+
+_BOX_REQUEST = re.compile(r"\s*Please (?:think step by step and )?provide the bounding box coordinate.*", re.DOTALL)
+
+
+def viscot_363k(row: dict[str, Any]) -> Fields:
+    """Read a row of `viscot_363k.json`: the image, then its crops as `path###[x1, y1, x2, y2]`; a conversation."""
+    images = row.get("image")
+    names = [name for name in (images if isinstance(images, list) else [images]) if isinstance(name, str)]
+    if not names:
+        raise InputError(f"image must be a path, and paths with ### and a box, got {images!r}")
+    boxes = [name.partition("###")[2] for name in names if "###" in name]
+    dataset = _label(row, "dataset")
+    return Fields(
+        question=_BOX_REQUEST.sub("", _question(_first_turn(row))),
+        image=names[0].partition("###")[0],
+        boxes=boxes,
+        source=f"Visual-CoT/{dataset}" if dataset else "Visual-CoT",
+    )
+
+
+def treevgr_rl_37k(row: dict[str, Any]) -> Fields:
+    """Read a row of TreeVGR-RL-37K."""
+    return Fields(
+        question=_question(_text(row, "problem")),
+        image=_image(row, "images"),
+        boxes=_target_boxes(row),
+        source="TreeVGR-RL-37K",
+    )
+
+
+_FOCUS = re.compile(r"Additional visual information to focus on:[^\n]*\n?")
+
+
+def vstar_seal(row: dict[str, Any]) -> Fields:
+    """Read a row of V*'s SEAL data; where it has no question field, the question is in its first turn.
+
+    That turn also lists the objects to look at, for a model that is shown their crops: the list is left out.
+    """
+    question = _text(row, "question") if row.get("question") is not None else _FOCUS.sub("", _first_turn(row))
+    return Fields(question=_question(question), image=_image(row, "image"), boxes=_target_boxes(row), source="V*-SEAL")
+
+
+def vzero_release(row: dict[str, Any]) -> Fields:
+    """Read a row of the V-Zero release: crops are given as images, and the question is the user's message.
+
+    Its column for the negative view's prompt is ignored, as the release itself does: both views share one text.
+    """
+    return Fields(
+        question=_question(_user_text(row)),
+        image=_image(row, "images"),
+        positive_image=_image(row, "teacher_images"),
+        negative_image=_image(row, "teacher_neg_images"),
+        source=_label(row, "data_source") or "V-Zero",
+    )
+
+
+_OWN_IMAGES = ("image", "detail_image", "positive_image", "negative_image")
+_OWN_FIELDS = ("id", "question", "region", "source", "license", "group", *_OWN_IMAGES)
+
+FORMATS: dict[str, Format] = {
+    "jsonl": Format(".jsonl", _OWN_FIELDS, _OWN_IMAGES, own),
+    "parquet": Format(".parquet", _OWN_FIELDS, _OWN_IMAGES, own),
+    "zwz_rl_vqa": Format(
+        ".parquet", ("images", "original_images", "problem", "bbox"), ("images", "original_images"), zwz_rl_vqa
+    ),
+    "visual_cot": Format(".jsonl", ("question", "image", "bboxs", "dataset"), ("image",), visual_cot),
+    "viscot_363k": Format(".json", ("image", "conversations", "dataset"), ("image",), viscot_363k),
+    "treevgr_rl_37k": Format(".parquet", ("images", "problem", "target_instances"), ("images",), treevgr_rl_37k),
+    "vstar_seal": Format(
+        ".json", ("image", "question", "conversations", "target_instances"), ("image",), vstar_seal, box_format="xywh"
+    ),
+    "vzero_release": Format(
+        ".parquet",
+        ("prompt", "images", "teacher_images", "teacher_neg_images", "data_source"),
+        ("images", "teacher_images", "teacher_neg_images"),
+        vzero_release,
+    ),
+}
+"""Every format, by the `kind` of its configuration."""
+
+
+# --- fields -------------------------------------------------------------------------------------------------------
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+def _label(row: dict[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise InputError(f"{name} must be a text or a whole number, got {value!r}")
+    return str(value)
+
+
+def _image(row: dict[str, Any], name: str) -> str:
+    """Give the one image of a field: a path, a struct with the path, or a list of one of them."""
+    value = row.get(name)
+    items = value if isinstance(value, list) else [value]
+    if len(items) != 1:
+        raise InputError(f"{name} must hold one image, got {len(items)}; keep the one that the question is about")
+    item = items[0]
+    if isinstance(item, dict):
+        item = item.get("path") or item.get("image")
+    if not isinstance(item, str):
+        raise InputError(f"{name} must be the path of an image, got {item!r}")
+    return item
+
+
+def _optional_image(row: dict[str, Any], name: str) -> str | None:
+    return _image(row, name) if row.get(name) is not None else None
+
+
+def _question(text: str) -> str:
+    return _PLACEHOLDER.sub("", text).strip()
+
+
+def _first_turn(row: dict[str, Any]) -> str:
+    turns = row.get("conversations")
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if not isinstance(first, dict) or first.get("from") not in ("human", "user"):
+        raise InputError("conversations must begin with a turn of the human")
+    return _text(first, "value")
+
+
+def _user_text(row: dict[str, Any]) -> str:
+    messages = row.get("prompt")
+    users = [item for item in messages or [] if isinstance(item, dict) and item.get("role") == "user"]
+    if len(users) != 1:
+        raise InputError(f"prompt must hold one message of the user, got {len(users)}")
+    content = users[0].get("content")
+    if isinstance(content, list):
+        return "\n".join(_text(part, "text") for part in content if isinstance(part, dict) and part.get("text"))
+    return _text(users[0], "content")
+
+
+def _target_boxes(row: dict[str, Any]) -> list[Any]:
+    targets = row.get("target_instances")
+    if targets is None:
+        return []
+    if not isinstance(targets, list) or not all(isinstance(target, dict) for target in targets):
+        raise InputError(f"target_instances must be a list of objects with a bbox, got {targets!r}")
+    return [target.get("bbox") for target in targets]
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------
+
+
+def parse_boxes(value: Any) -> list[tuple[float, float, float, float]]:
+    """Read boxes, whatever they are written as.
+
+    Args:
+        value: four numbers; a text with four (`"[1, 2, 3, 4]"`, `"1,2,3,4"`) or a multiple of four; a list of these;
+            or nothing (None, an empty list or text).
+
+    Raises:
+        InputError: it is something else, or a number is not finite.
+    """
+    if value is None or value == "" or value == []:
+        return []
+    if isinstance(value, str):
+        numbers = [float(number) for number in _NUMBER.findall(value)] if _NUMBERS_ONLY.fullmatch(value) else []
+        boxes = [numbers[start : start + 4] for start in range(0, len(numbers), 4)] or [numbers]
+    elif isinstance(value, list) and all(isinstance(item, list | str) for item in value):
+        return [box for item in value for box in parse_boxes(item)]
+    else:
+        boxes = [value]
+    return [_four_numbers(box) for box in boxes]
+
+
+def _four_numbers(box: Any) -> tuple[float, float, float, float]:
+    plain = isinstance(box, list) and all(isinstance(side, int | float) and not isinstance(side, bool) for side in box)
+    if not plain or len(box) != 4:
+        raise InputError(f"region must be four numbers, such as [x1, y1, x2, y2], got {box!r}")
+    try:
+        left, top, right, bottom = (float(side) for side in box)
+    except OverflowError as error:
+        raise InputError("region must be finite numbers, got a huge one") from error
+    if not all(math.isfinite(side) for side in (left, top, right, bottom)):
+        raise InputError(f"region must be finite numbers, got {box!r}")
+    return left, top, right, bottom
+
+
+def enclose(boxes: list[tuple[float, float, float, float]], box_format: BoxFormat) -> Box | None:
+    """Give the smallest box that contains all of them, as xyxy; None for none."""
+    if not boxes:
+        return None
+    corners = [(x, y, x + a, y + b) if box_format == "xywh" else (x, y, a, b) for x, y, a, b in boxes]
+    lows, highs = [corner[:2] for corner in corners], [corner[2:] for corner in corners]
+    return Box(min(x for x, _ in lows), min(y for _, y in lows), max(x for x, _ in highs), max(y for _, y in highs))
+
+
+def to_pixels(box: Box, unit: BoxUnit, width: int, height: int) -> Box:
+    """Turn a box in parts of the image's sides into pixels.
+
+    Args:
+        box: xyxy.
+        unit: pixels, fraction (0 to 1) or per_mille (0 to 1000).
+        width: the image's, in pixels, upright.
+        height: the image's, in pixels, upright.
+    """
+    if unit == "pixels":
+        return box
+    parts = 1 if unit == "fraction" else 1000
+    return Box(box.x1 * width / parts, box.y1 * height / parts, box.x2 * width / parts, box.y2 * height / parts)
