@@ -2,8 +2,8 @@
 
 from flows.config import RunConfig
 from flows.run import fingerprint
-from tasks.adapters.images import ImageReader
-from tasks.adapters.importers import image_root, source_digest
+from tasks.adapters.importers import source_digest
+from tasks.adapters.row_facts import Compared
 from tasks.artifacts import ArtifactRef
 from tasks.build_views import ViewShardJob, ViewsJob, build_view_shard, build_views, num_view_shards
 from tasks.config import FileData, GivenRegions
@@ -27,7 +27,13 @@ def evaluation_questions(config: RunConfig, run: RunContext, models: ArtifactRef
     if run.data.evaluation_path is None:
         return None
     source = source_digest(FileData(kind="jsonl", path=run.data.evaluation_path), run.evaluation.images)
-    job = EvaluationDataJob(source=source, models=models, max_image_pixels=config.data.max_image_pixels)
+    job = EvaluationDataJob(
+        source=source,
+        models=models,
+        max_image_pixels=config.data.max_image_pixels,
+        prompt=config.prompt,
+        max_new_tokens=config.evaluate.max_new_tokens,
+    )
     return evaluation_data(job, run)
 
 
@@ -48,16 +54,13 @@ def validated_samples(config: RunConfig, run: RunContext, models: ArtifactRef) -
         ),
         run,
     )
+    # Headers have no hashes that could be compared.
     compared = [
-        fingerprints(
-            FingerprintsJob(
-                source=source_digest(source, ImageReader(image_root(source), settings.max_image_pixels)),
-                position=position,
-                max_image_pixels=settings.max_image_pixels,
-            ),
-            run,
+        Compared(
+            name=source.path.rsplit("/", 1)[-1],
+            fingerprints=fingerprints(FingerprintsJob(source=digest, max_image_pixels=settings.max_image_pixels), run),
         )
-        for position, source in enumerate(run.compared)
+        for digest, source in (run.compared if settings.images == "decode" else {}).items()
     ]
     samples = validate(
         ValidateJob(

@@ -1,6 +1,7 @@
 """The pipeline, top to bottom. `python -m flows.full_pipeline [--config my.toml]` runs it."""
 
 import argparse
+import signal
 import sys
 import time
 from datetime import UTC, datetime
@@ -65,7 +66,8 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
                 if number % config.evaluate.every == 0 and number < config.rounds.num_rounds:
                     evaluations += _evaluate(config, run, questions, "student", policy, f"student, round {number}")
                 advance(1)
-        last = f"student, after {config.rounds.num_rounds} rounds"
+        num_rounds = config.rounds.num_rounds
+        last = f"student, after {num_rounds} round{'s' if num_rounds > 1 else ''}"
         evaluations += _evaluate(config, run, questions, "student", policy, last)
 
         selected = checkpoint(CheckpointJob(train_key=policy.key), run)
@@ -83,7 +85,7 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
             ),
             run,
         )
-        commit = _commit_outputs(config, run, samples, selected, page)
+        commit = _commit_outputs(config, run, proposed or samples, selected, page)
         data = [ref for ref in (questions, samples, docs, proposed, views) if ref is not None]
         behind = [ref for made in data for ref in run.store.manifest(made).inputs.values()]
         refs = list(dict.fromkeys([student, teacher, checked, *behind, *data]))
@@ -222,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = parser.parse_args(arguments).config
     show_on_terminal()
     started = time.monotonic()
+    # As Ctrl-C: who is ended without a word leaves a Prefect server behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = load_config(path) if path else LAPTOP
         with prefect_server(PROJECT / ".vzero" / "prefect") as url:

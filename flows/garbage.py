@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefect.settings import get_current_settings
 
-from tasks.adapters.store import KEEP, Store, StoredFile
+from tasks.adapters.store import KEEP, Store, StoredFile, artefact_names
 from tasks.adapters.training_data import CheckpointJob, TrainJob
 from tasks.artifacts import Manifest
 
@@ -37,7 +37,7 @@ def find_garbage(files: list[StoredFile], manifests: list[Manifest], older_than:
 
     Args:
         files: all files of the store, listed before the manifests were read.
-        manifests: all manifests of the store.
+        manifests: all manifests of the store that can be read; where one cannot, all attempts are kept.
         older_than: what no manifest names is left alone while it is younger: it may be an attempt under way.
     """
     found = [*_old_states(files, manifests), *_left_over(files, manifests, datetime.now(UTC) - older_than)]
@@ -91,6 +91,8 @@ def _last_states(rounds: dict[str, Manifest], states: dict[str, Manifest]) -> It
 
 def _left_over(files: list[StoredFile], manifests: list[Manifest], before: datetime) -> Iterator[Garbage]:
     """Find old attempts that no manifest names, and files that were never finished."""
+    # A manifest that could not be read may name any attempt of its artefact.
+    unread = set(artefact_names(files)) - {(manifest.stage, manifest.key) for manifest in manifests}
     named = {f"{manifest.stage}/{manifest.key}/{manifest.attempt}" for manifest in manifests if not manifest.pruned}
     attempts: dict[str, list[StoredFile]] = {}
     for file in files:
@@ -100,5 +102,6 @@ def _left_over(files: list[StoredFile], manifests: list[Manifest], before: datet
         elif file.path.endswith(".partial") and file.changed < before:
             yield Garbage("unfinished file", file.path, file.size)
     for folder, members in attempts.items():
-        if folder not in named and max(file.changed for file in members) < before:
+        stage, key, _ = folder.split("/")
+        if folder not in named and (stage, key) not in unread and max(file.changed for file in members) < before:
             yield Garbage("attempt that was not committed", folder, sum(file.size for file in members))

@@ -12,7 +12,7 @@ from flows.terminal import make_terminal
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.files import configure_s3
 from tasks.adapters.images import ImageReader
-from tasks.adapters.importers import folder_of, image_root, locate
+from tasks.adapters.importers import folder_of, image_root, locate, source_digest
 from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
 from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig
@@ -35,6 +35,8 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
     if config.outputs.repository is not None:
         # Asked now, because a misspelt name must not end a run of days.
         LakeFSRepo(config.outputs.repository).pin(config.outputs.base)
+    # Asked now, because Prefect would pass over its error in a task's cache key, and wait for the store once more.
+    _ = store.identity
     max_pixels = config.data.max_image_pixels
     dataset = Dataset(store, ImageReader(image_root(data), max_pixels))
     engines = Engines(
@@ -73,10 +75,13 @@ def open_store(config: StoreConfig, work_dir: Path) -> Store:
     return Store(config.url, work_dir, cache_bytes=int(config.cache_gib * _GIB))
 
 
-def _compared(data: FileData, config: DataConfig, pin: Callable[[str], str]) -> tuple[FileData, ...]:
+def _compared(data: FileData, config: DataConfig, pin: Callable[[str], str]) -> dict[str, FileData]:
     """Give the evaluation data that training is kept clear of: the run's own, and what is named."""
     own = [data.evaluation_path] if data.evaluation_path is not None else []
-    return tuple(FileData(kind="jsonl", path=path) for path in (*own, *map(pin, config.compare_with)))
+    sources = [FileData(kind="jsonl", path=path) for path in (*own, *map(pin, config.compare_with))]
+    return {
+        source_digest(source, ImageReader(image_root(source), config.max_image_pixels)): source for source in sources
+    }
 
 
 def _make_pin() -> Callable[[str], str]:

@@ -21,14 +21,13 @@ class FingerprintsJob(Job):
     stage: ClassVar[str] = "fingerprints"
 
     source: str
-    position: int
     max_image_pixels: int
 
 
 @stage(FingerprintsJob)
 def fingerprints(job: FingerprintsJob, context: RunContext, folder: Path) -> Outcome:
     """Hash every picture; a row that cannot be read stops the run, since training could not be kept clear of it."""
-    source = context.compared[job.position]
+    source = context.compared[job.source]
     images = ImageReader(image_root(source), job.max_image_pixels)
     name = source.path.rsplit("/", 1)[-1]
 
@@ -38,7 +37,7 @@ def fingerprints(job: FingerprintsJob, context: RunContext, folder: Path) -> Out
         found = import_row(row, images, decode=True)
         if found.image_hash is None:
             return BadRow(row=row.row, id=row.id, reason=found.problem or "image must be readable")
-        return Fingerprint(id=f"{name} row {row.row}", image_hash=found.image_hash, question=row.question)
+        return Fingerprint(row=row.row, image_hash=found.image_hash, question=row.question)
 
     rows: list[Fingerprint] = []
     bad: list[BadRow] = []
@@ -55,4 +54,4 @@ def fingerprints(job: FingerprintsJob, context: RunContext, folder: Path) -> Out
             f"got {len(bad)} bad rows of {len(bad) + len(rows)}; mend or remove them:\n{name_bad_rows(bad)}"
         )
     write_rows(folder / FINGERPRINTS, rows, Fingerprint)
-    return Outcome(summary={"num_rows": len(rows), "name": name})
+    return Outcome(summary={"num_rows": len(rows)})

@@ -1,6 +1,5 @@
 """What makes a function a stage: a Prefect task that asks the store first, and what every stage is given."""
 
-import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.tasks import exponential_backoff
 
 from tasks.adapters.dataset import Dataset
+from tasks.adapters.files import PASSING_ERRNOS
 from tasks.adapters.store import Outcome, Store
 from tasks.artifacts import ArtifactRef, Job
 from tasks.config import FileData
@@ -24,7 +24,6 @@ from vzero_core.errors import VZeroError
 
 J = TypeVar("J", bound=Job)
 
-_PASSING_ERRNOS = frozenset({errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENOSPC, errno.ESTALE})
 _ARTIFACT_INTERVAL = 2.0
 """Seconds between updates of a progress artifact; each one is a request to the server."""
 
@@ -42,7 +41,8 @@ class RunContext:
 
     store: Store
     data: FileData
-    compared: tuple[FileData, ...]
+    compared: dict[str, FileData]
+    """Evaluation data that training is kept clear of, by its digest."""
     dataset: Dataset
     evaluation: Dataset
     engines: Engines
@@ -114,11 +114,12 @@ def _cache_key(_: TaskRunContext, parameters: dict[str, Any]) -> str:
 def _can_pass(_: Task[..., Any], __: TaskRun, state: State[Any]) -> bool:
     """Tell whether an error may be gone at the next try: a broken connection may, bad input may not."""
     error = state.result(raise_on_failure=False)
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
+    # Of these, a server that is away has been waited for already: StoreUnavailableError.
     if isinstance(error, VZeroError):
         return False
-    return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in PASSING_ERRNOS
 
 
 def _slug(title: str) -> str:

@@ -10,6 +10,7 @@ from tasks.adapters.models import model_folder
 from tasks.adapters.prompts import PromptProcessor
 from tasks.adapters.row_facts import (
     NEEDS_NO_CLIPPING,
+    Compared,
     Finding,
     Fingerprint,
     Limits,
@@ -35,7 +36,7 @@ class ValidateJob(Job):
 
     rows: ArtifactRef
     models: ArtifactRef
-    compared: tuple[ArtifactRef, ...]
+    compared: tuple[Compared, ...]
     prompt: PromptConfig
     views: ViewConfig
     region_required: bool
@@ -58,7 +59,11 @@ def validate(job: ValidateJob, context: RunContext, folder: Path) -> Outcome:
     facts = gather_facts(
         rows,
         reserved=models["special_tokens"],
-        others=[row for ref in job.compared for row in read_rows(store.read(ref, FINGERPRINTS), Fingerprint)],
+        others=[
+            (compared.name, row)
+            for compared in job.compared
+            for row in read_rows(store.read(compared.fingerprints, FINGERPRINTS), Fingerprint)
+        ],
         max_distance=job.max_hash_distance,
         prompts=Prompts(
             student=PromptProcessor(model_folder(context.engines.student_path)),

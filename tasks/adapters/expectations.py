@@ -32,7 +32,7 @@ from vzero_core.views import Box, clip_box
 
 BOX_COLUMNS = ["x1", "y1", "x2", "y2", "width", "height"]
 _TEXT = "object"
-_TEXTS = ("id", "question", "image", "problem", "special_token", "overlap", "source", "license")
+_TEXTS = ("id", "question", "image", "problem", "special_token", "crop_problem", "overlap", "source", "license")
 _TYPES = {
     # Whole numbers that may be missing are floats in a table of pandas.
     **{name: _TEXT if name in _TEXTS else "float64" for name in RowFacts.model_fields},
@@ -181,6 +181,7 @@ def _checks(limits: Limits) -> list[_Check]:
             "overlap",
             lambda row: f"image must not be in evaluation data, but it is that of {row['overlap']}; remove the row",
         ),
+        _null("an irrelevant crop fits beside the region", "crop_problem", lambda row: str(row["crop_problem"])),
         _tokens("student", "student_tokens", limits.max_student_tokens),
         _tokens("teacher, relevant crop", "positive_tokens", limits.max_teacher_tokens),
         _tokens("teacher, irrelevant crop", "negative_tokens", limits.max_teacher_tokens),
@@ -269,13 +270,17 @@ def data_docs(result: ExpectationSuiteValidationResult) -> str:
         r"<img\b[^>]*>",
         r"<footer\b.*?</footer>",
         r'<a\b[^>]*href="https?:[^>]*>.*?</a>',
+        r"@import[^;]*;|url\([^)]*\)",
     ):
         page = re.sub(pattern, "", page, flags=re.DOTALL)
     return page.replace("</head>", f"{_POLICY}<style>{_STYLE}</style></head>", 1)
 
 
 # Nothing may be loaded and nothing may run, whatever stands in the data.
-_POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
+_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">"
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
 h4 { font-size: 1.6rem; margin: .5rem 0; }

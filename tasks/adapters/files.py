@@ -1,5 +1,6 @@
 """The one place where file systems are opened: local folders, S3, lakeFS, and whatever else fsspec knows."""
 
+import errno
 import hashlib
 import io
 import logging
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import fsspec
@@ -24,6 +26,8 @@ log = logging.getLogger("vzero.files")
 
 PATIENCE = 120.0
 """Seconds that a server may be away before a call gives up."""
+PASSING_ERRNOS = frozenset({errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENOSPC, errno.ESTALE})
+"""Errors of a local disk that may be gone at the next try."""
 LONGEST_PAUSE = 5.0
 """Seconds between two tries at most, so that a server that is back is soon noticed."""
 # A hung server is given up after 3 x 20 s, then `patiently` decides; s3fs's own loop around botocore's is switched off
@@ -303,6 +307,9 @@ def _explained(error: Exception, what: str) -> StoreError | None:
 def _endpoint(what: str) -> str:
     if what.startswith("lakefs://"):
         return os.environ.get(_LAKEFS[0], "lakeFS")
+    if what.startswith(("http://", "https://")):
+        address = urlsplit(what)
+        return f"{address.scheme}://{address.netloc}"
     given = fsspec.config.conf.get("s3", {})
     configured = given.get("endpoint_url") or given.get("client_kwargs", {}).get("endpoint_url")
     return configured or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the S3 service"

@@ -20,6 +20,22 @@ _NUMBERS_ONLY = re.compile(r"[\s\[\](),;\d.eE+-]*")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
+_LONGEST_SHOWN = 80
+"""Characters of a value that a message names."""
+
+
+def printable(text: str) -> str:
+    """Escape what could steer a terminal or hide in a table: control characters, half surrogate pairs and the like."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def shown(value: object) -> str:
+    """Give a value for a message: printable, and without its middle where it is long."""
+    text = printable(str(value))
+    half = _LONGEST_SHOWN // 2
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: half - 3]}...{text[-half:]}"
+
+
 class Fields(NamedTuple):
     """What a row says, in the words of its format: image names as they stand there, boxes not yet parsed."""
 
@@ -66,7 +82,7 @@ def own(row: dict[str, Any]) -> Fields:
         question=_text(row, "question"),
         image=_image(row, "image"),
         boxes=row.get("region"),
-        id=_label(row, "id"),
+        id=_identifier(row),
         detail_image=_optional_image(row, "detail_image"),
         positive_image=_optional_image(row, "positive_image"),
         negative_image=_optional_image(row, "negative_image"),
@@ -89,13 +105,15 @@ def zwz_rl_vqa(row: dict[str, Any]) -> Fields:
     """
     question = _RED_BOX.sub("", _question(_text(row, "problem")))
     if "red bounding box" in question.lower():
-        raise InputError(f"problem must not need the red bounding box, which the clean image lacks, got {question!r}")
+        raise InputError("problem must not need the red bounding box, which the clean image lacks; remove the row")
     image = _optional_image(row, "original_images")
     if image is None:
         drawn = _image(row, "images")
         image = re.sub(r"^((?:.*/)?)images/", r"\1original_images/", drawn)
         if "original_images/" not in image:
-            raise InputError(f"images must lie below images/ or original_images/, got {drawn!r}: a box may be drawn in")
+            raise InputError(
+                f"images must lie below images/ or original_images/, got {shown(drawn)}: a box may be drawn in"
+            )
     return Fields(question=question, image=image, boxes=row.get("bbox"), source="ZwZ-RL-VQA")
 
 
@@ -120,7 +138,7 @@ def viscot_363k(row: dict[str, Any]) -> Fields:
     images = row.get("image")
     names = [name for name in (images if isinstance(images, list) else [images]) if isinstance(name, str)]
     if not names:
-        raise InputError(f"image must be a path, and paths with ### and a box, got {images!r}")
+        raise InputError(f"image must be a path, and paths with ### and a box, got {_type_of(images)}")
     boxes = [name.partition("###")[2] for name in names if "###" in name]
     dataset = _label(row, "dataset")
     return Fields(
@@ -195,10 +213,15 @@ FORMATS: dict[str, Format] = {
 # --- fields -------------------------------------------------------------------------------------------------------
 
 
+def _type_of(value: Any) -> str:
+    # Of a value that should not be there, no message tells more: it may be an answer.
+    return type(value).__name__
+
+
 def _text(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise InputError(f"{name} must be a text, got {value!r}")
+        raise InputError(f"{name} must be a text, got {_type_of(value)}")
     return value
 
 
@@ -206,9 +229,19 @@ def _label(row: dict[str, Any], name: str) -> str | None:
     value = row.get(name)
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer():
+        # Tables without a type for whole numbers that may be missing, such as pandas', hold them as floats.
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InputError(f"{name} must be a text or a whole number, got {value!r}")
+        raise InputError(f"{name} must be a text or a whole number, got {_type_of(value)}")
     return str(value)
+
+
+def _identifier(row: dict[str, Any]) -> str | None:
+    identifier = _label(row, "id")
+    if identifier is not None and not identifier.strip():
+        raise InputError("id must not be blank; name the row, or leave the id out")
+    return identifier
 
 
 def _image(row: dict[str, Any], name: str) -> str:
@@ -221,7 +254,7 @@ def _image(row: dict[str, Any], name: str) -> str:
     if isinstance(item, dict):
         item = item.get("path") or item.get("image")
     if not isinstance(item, str):
-        raise InputError(f"{name} must be the path of an image, got {item!r}")
+        raise InputError(f"{name} must be the path of an image, got {_type_of(item)}")
     return item
 
 
@@ -257,7 +290,7 @@ def _target_boxes(row: dict[str, Any]) -> list[Any]:
     if targets is None:
         return []
     if not isinstance(targets, list) or not all(isinstance(target, dict) for target in targets):
-        raise InputError(f"target_instances must be a list of objects with a bbox, got {targets!r}")
+        raise InputError(f"target_instances must be a list of objects with a bbox, got {_type_of(targets)}")
     return [target.get("bbox") for target in targets]
 
 
@@ -278,7 +311,7 @@ def parse_boxes(value: Any) -> list[tuple[float, float, float, float]]:
         return []
     if isinstance(value, str):
         numbers = [float(number) for number in _NUMBER.findall(value)] if _NUMBERS_ONLY.fullmatch(value) else []
-        boxes = [numbers[start : start + 4] for start in range(0, len(numbers), 4)] or [numbers]
+        boxes: list[Any] = [numbers[start : start + 4] for start in range(0, len(numbers), 4)] or [value]
     elif isinstance(value, list) and all(isinstance(item, list | str) for item in value):
         return [box for item in value for box in parse_boxes(item)]
     else:
@@ -289,23 +322,32 @@ def parse_boxes(value: Any) -> list[tuple[float, float, float, float]]:
 def _four_numbers(box: Any) -> tuple[float, float, float, float]:
     plain = isinstance(box, list) and all(isinstance(side, int | float) and not isinstance(side, bool) for side in box)
     if not plain or len(box) != 4:
-        raise InputError(f"region must be four numbers, such as [x1, y1, x2, y2], got {box!r}")
+        raise InputError(f"region must be four numbers, such as [x1, y1, x2, y2], got {shown(box)}")
     try:
         left, top, right, bottom = (float(side) for side in box)
     except OverflowError as error:
         raise InputError("region must be finite numbers, got a huge one") from error
-    if not all(math.isfinite(side) for side in (left, top, right, bottom)):
-        raise InputError(f"region must be finite numbers, got {box!r}")
-    return left, top, right, bottom
+    return _finite(Box(left, top, right, bottom))
+
+
+def _finite(box: Box) -> Box:
+    if not all(math.isfinite(side) for side in box):
+        raise InputError(f"region must be finite numbers, got {shown(list(box))}")
+    return box
 
 
 def enclose(boxes: list[tuple[float, float, float, float]], box_format: BoxFormat) -> Box | None:
-    """Give the smallest box that contains all of them, as xyxy; None for none."""
+    """Give the smallest box that contains all of them, as xyxy; None for none.
+
+    Raises:
+        InputError: a sum of left and width, or of top and height, is beyond all floats.
+    """
     if not boxes:
         return None
     corners = [(x, y, x + a, y + b) if box_format == "xywh" else (x, y, a, b) for x, y, a, b in boxes]
     lows, highs = [corner[:2] for corner in corners], [corner[2:] for corner in corners]
-    return Box(min(x for x, _ in lows), min(y for _, y in lows), max(x for x, _ in highs), max(y for _, y in highs))
+    whole = Box(min(x for x, _ in lows), min(y for _, y in lows), max(x for x, _ in highs), max(y for _, y in highs))
+    return _finite(whole)
 
 
 def to_pixels(box: Box, unit: BoxUnit, width: int, height: int) -> Box:
@@ -316,8 +358,13 @@ def to_pixels(box: Box, unit: BoxUnit, width: int, height: int) -> Box:
         unit: pixels, fraction (0 to 1) or per_mille (0 to 1000).
         width: the image's, in pixels, upright.
         height: the image's, in pixels, upright.
+
+    Raises:
+        InputError: a side in pixels is beyond all floats.
     """
     if unit == "pixels":
         return box
     parts = 1 if unit == "fraction" else 1000
-    return Box(box.x1 * width / parts, box.y1 * height / parts, box.x2 * width / parts, box.y2 * height / parts)
+    return _finite(
+        Box(box.x1 * width / parts, box.y1 * height / parts, box.x2 * width / parts, box.y2 * height / parts)
+    )

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import os
 import re
 import threading
 import warnings
@@ -12,13 +13,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import aiohttp
 import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import ParamValidationError  # type: ignore[import-untyped]
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from tasks.adapters.files import open_file, read_bytes, stat
+from tasks.adapters.files import filesystem, open_file, read_bytes, stat
+from tasks.adapters.formats import printable, shown
 from tasks.artifacts import ImageRef
 from vzero_core.errors import InputError, VZeroError
 
@@ -39,7 +43,9 @@ Image.MAX_IMAGE_PIXELS = None
 # a call is not safe among threads.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-_EMBEDDED = re.compile(r"(?P<file>.+)#row=(?P<row>\d+)&column=(?P<column>[^&]+)&index=(?P<index>\d+)")
+_EMBEDDED = re.compile(r"(?P<file>.+)#row=(?P<row>\d{1,12})&column=(?P<column>[^&]+)&index=(?P<index>\d{1,12})")
+_SCHEMES = ("file", "s3", "lakefs", "http", "https", "memory")
+"""Of URLs of images; fsspec knows many more, some of which need packages of their own or run other programs."""
 _MAX_STREAMS = 4
 """Columns that are read at the same time: an image, its detail, both crops."""
 _KEPT_BYTES = 1 << 26
@@ -70,7 +76,7 @@ class ImageReader:
             root: folder or URL.
             max_pixels: pixels; larger images are refused before decoding.
         """
-        self._root = root.rstrip("/")
+        self._root = root.removeprefix("file://").rstrip("/")
         self._max_pixels = max_pixels
         self._columns = _EmbeddedColumns()
 
@@ -79,21 +85,24 @@ class ImageReader:
 
         Args:
             uri: path, URL, or `embedded_uri`.
-            decode: decode and hash it whole; else read its header, size and ETag only. An embedded image is read
-                whole in either case, because Parquet cannot give a part of a value.
+            decode: decode and hash it whole; else read its header, size and ETag only. Read whole in either case are
+                embedded images, because Parquet cannot give a part of a value, and those on the web, where not every
+                server tells a size and an ETag.
 
         Raises:
-            InputError: it is missing, empty, too large, of a kind that is not handled, or damaged.
+            InputError: it is missing, empty, too large, of a kind that is not handled, or damaged, or its web server
+                does not give it.
         """
-        if not decode and not _EMBEDDED.fullmatch(uri):
-            url = self.locate(uri)
+        url, embedded = self.locate(uri), _EMBEDDED.fullmatch(uri) is not None
+        on_web = not embedded and url.startswith(("http://", "https://"))
+        if not decode and not embedded and not on_web:
             width, height = self._header_size(uri, url)
             with self._found(uri):
                 found = stat(url)
             return Inspected(
                 ImageRef(uri=uri, width=width, height=height, size_bytes=found.size, etag=found.etag), None
             )
-        content = self._fetch(uri)
+        content = self._fetch_once(uri, url) if on_web else self._fetch(uri)
         image = self._decode(uri, content) if decode else None
         width, height = image.size if image is not None else self._upright_size(uri, content)
         ref = ImageRef(
@@ -114,13 +123,14 @@ class ImageReader:
             same = self.stamp(ref.uri) == [ref.size_bytes, ref.etag]
         if not same:
             raise InputError(
-                f"image {ref.uri} must be the one that was validated ({ref.size_bytes} bytes), but it has changed "
-                f"({len(content)} bytes); restore it, or run the flow again so that it is validated anew"
+                f"image {shown(ref.uri)} must be the one that was validated ({ref.size_bytes} bytes), but it "
+                f"has changed ({len(content)} bytes); restore it, or give it a new date (touch) and run the flow "
+                "again, so that it is validated anew"
             )
         image = self._decode(ref.uri, content)
         if image.size != (ref.width, ref.height):
             raise InputError(
-                f"image {ref.uri} must be {ref.width}x{ref.height} as its header says, got {image.width}x"
+                f"image {shown(ref.uri)} must be {ref.width}x{ref.height} as its header says, got {image.width}x"
                 f'{image.height}; set data.images = "decode"'
             )
         return image
@@ -139,16 +149,30 @@ class ImageReader:
         """Give the full path or URL of an image.
 
         Raises:
-            InputError: a relative path leaves the dataset's folder, or it is no path.
+            InputError: a relative path leaves the dataset's folder, or it is no path or URL that is handled.
         """
         uri = uri.removeprefix("file://")
-        if "\0" in uri or uri.startswith("data:"):
-            raise InputError(f"image must be a path or URL, got {uri[:20]!r}...; write it to a file")
-        if "://" in uri or uri.startswith("/"):
+        scheme, is_url, _ = uri.partition("://")
+        # fsspec takes what :: joins for a chain of file systems.
+        if (
+            not uri.strip()
+            or "\0" in uri
+            or "::" in uri
+            or uri.startswith("data:")
+            or (is_url and scheme not in _SCHEMES)
+        ):
+            raise InputError(
+                f"image must be a path or one of {', '.join(_SCHEMES)} URLs, got '{shown(uri)}'; write it to a file"
+            )
+        if is_url or uri.startswith("/"):
             return uri
-        if ".." in uri.split("/"):
-            raise InputError(f"image path must stay inside the dataset's folder, got {uri!r}; use an absolute path")
-        return f"{self._root}/{uri}"
+        url = f"{self._root}/{uri}"
+        if ".." in uri.split("/") or not stays_inside(url, self._root):
+            raise InputError(
+                f"image path must stay inside the dataset's folder, also through links, got '{shown(uri)}'; "
+                "use an absolute path"
+            )
+        return url
 
     def _fetch(self, uri: str) -> bytes:
         embedded = _EMBEDDED.fullmatch(uri)
@@ -158,6 +182,20 @@ class ImageReader:
                 content = read_bytes(url)
             else:
                 content = self._columns.read(url, embedded["column"], int(embedded["row"]), int(embedded["index"]))
+        return _not_empty(uri, content)
+
+    def _fetch_once(self, uri: str, url: str) -> bytes:
+        # Without patience: an address that a row names may be wrong, or its server gone for good.
+        with self._found(uri):
+            try:
+                fs, path = filesystem(url)
+                content: bytes = fs.cat_file(path)
+            except FileNotFoundError:
+                raise
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise InputError(
+                    f"image {shown(uri)} must be reachable, but: {shown(error)}; correct its URL"
+                ) from error
         return _not_empty(uri, content)
 
     def _header_size(self, uri: str, url: str) -> tuple[int, int]:
@@ -193,15 +231,19 @@ class ImageReader:
         pixels = image.width * image.height
         if pixels > self._max_pixels:
             raise InputError(
-                f"image {uri} must have at most {self._max_pixels} pixels, got {pixels}; "
+                f"image {shown(uri)} must have at most {self._max_pixels} pixels, got {pixels}; "
                 "make it smaller or raise data.max_image_pixels"
             )
         if image.mode not in _MODES_8_BIT | _MODES_16_BIT:
-            raise InputError(f"image {uri} must have 8 or 16 bits per channel, got mode {image.mode}; convert it")
+            raise InputError(
+                f"image {shown(uri)} must have 8 or 16 bits per channel, got mode {image.mode}; convert it"
+            )
         frames = getattr(image, "n_frames", 1)
         # Phones put previews and depth behind the picture (MPO); the first is the one that viewers show.
         if frames > 1 and image.format != "MPO":
-            raise InputError(f"image {uri} must be a still picture, got {frames} frames; save the one that is meant")
+            raise InputError(
+                f"image {shown(uri)} must be a still picture, got {frames} frames; save the one that is meant"
+            )
         return image
 
     @contextmanager
@@ -209,12 +251,22 @@ class ImageReader:
         try:
             yield
         except FileNotFoundError as error:
-            raise InputError(f"image {uri} must exist, but there is no such file below {self._root}") from error
+            raise InputError(f"image {shown(uri)} must exist, but there is no such file below {self._root}") from error
         except OSError as error:
             # Others may pass, and are no fault of the row.
             if error.errno not in _BAD_PATH:
                 raise
-            raise InputError(f"image {uri} must be a file that can be read, but: {error.strerror}") from error
+            raise InputError(f"image {shown(uri)} must be a file that can be read, but: {error.strerror}") from error
+        except ParamValidationError as error:
+            raise InputError(f"image {shown(uri)} must have a bucket and a path that S3 allows; correct it") from error
+
+
+def stays_inside(path: str, folder: str) -> bool:
+    """Say whether a local path is inside a folder once links are followed; a URL has none."""
+    if "://" in folder:
+        return True
+    inside = os.path.realpath(folder or "/")
+    return os.path.commonpath([inside, os.path.realpath(path)]) == inside
 
 
 @contextmanager
@@ -225,14 +277,16 @@ def _named(uri: str) -> Iterator[None]:
     except (VZeroError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"image {uri} must be an image, of {', '.join(_FORMATS)}; its format is not one") from error
+        raise InputError(
+            f"image {shown(uri)} must be an image, of {', '.join(_FORMATS)}; its format is not one"
+        ) from error
     except Exception as error:
-        raise InputError(f"image {uri} must be readable, but decoding failed: {error}") from error
+        raise InputError(f"image {shown(uri)} must be readable, but decoding failed: {shown(error)}") from error
 
 
 def _not_empty(uri: str, content: bytes) -> bytes:
     if not content:
-        raise InputError(f"image {uri} must not be empty, got a file of 0 bytes")
+        raise InputError(f"image {shown(uri)} must not be empty, got a file of 0 bytes")
     return content
 
 
@@ -281,7 +335,9 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
             # A file system's errors have a number; Arrow raises a bare OSError for damaged pages.
             if isinstance(error, VZeroError) or (isinstance(error, OSError) and error.errno is not None):
                 raise
-            raise InputError(f"{url} must be a whole Parquet file, but it cannot be read: {error}") from error
+            raise InputError(
+                f"{printable(url)} must be a whole Parquet file, but it cannot be read: {error}"
+            ) from error
 
 
 class _EmbeddedColumns:
@@ -308,7 +364,9 @@ class _EmbeddedColumns:
                 del self._streams[next(iter(self._streams))]
         content = contents[index] if index < len(contents) else None
         if content is None:
-            raise InputError(f"row {row} of {url} must hold image {index} in column {column}, got none")
+            raise InputError(
+                f"row {row} of {printable(url)} must hold image {index} in column {shown(column)}, got none"
+            )
         return content
 
 
@@ -321,7 +379,7 @@ class _RowGroup:
         ends = list(accumulate(sizes))
         group = next((group for group, end in enumerate(ends) if row < end), None)
         if group is None:
-            raise InputError(f"{url} must have a row {row}, got {sum(sizes)} rows")
+            raise InputError(f"{printable(url)} must have a row {row}, got {sum(sizes)} rows")
         self._next, self._end = ends[group] - sizes[group], ends[group]
         self._values = _column_contents(url, group, column)
         self._kept: dict[int, list[bytes | None]] = {}
@@ -349,7 +407,7 @@ def _column_contents(url: str, group: int, column: str) -> Iterator[list[bytes |
     with open_parquet(url) as parquet:
         for batch in parquet.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False):
             if column not in batch.schema.names:
-                raise InputError(f"{url} must have a column {column}, got none")
+                raise InputError(f"{printable(url)} must have a column {shown(column)}, got none")
             value = batch.column(0)[0].as_py()
             items = [item.get("bytes") if isinstance(item, dict) else item for item in _as_list(value)]
             yield [item if isinstance(item, bytes) else None for item in items]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from tasks.adapters.files import filesystem, open_file, patiently
-from tasks.adapters.formats import FORMATS, BoxUnit, Format, enclose, own, parse_boxes, to_pixels
-from tasks.adapters.images import ImageReader, embedded_uri, open_parquet
+from tasks.adapters.formats import (
+    FORMATS,
+    BoxFormat,
+    BoxUnit,
+    Format,
+    enclose,
+    own,
+    parse_boxes,
+    printable,
+    shown,
+    to_pixels,
+)
+from tasks.adapters.images import ImageReader, embedded_uri, open_parquet, stays_inside
 from tasks.artifacts import KEY_LENGTH, BadRow, EvaluationSample, ImageRef, ImportedRow, digest_json
 from tasks.config import FileData, SmallWorldData
 from tasks.ports import Advance
@@ -31,7 +43,14 @@ _MAX_ROW = 1 << 26
 """Characters of one row of a JSON array; beyond, the array is taken for broken, so that it is not read whole."""
 _BATCH_ROWS = 1024
 _STAT_THREADS = 16
-_BETWEEN_ROWS = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_NOT_UTF_8 = {
+    b"\xff\xfe": "UTF-16 or UTF-32",
+    b"\xfe\xff": "UTF-16",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\x1f\x8b": "gzip",
+}
+"""What a text file is that begins so."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +132,7 @@ def read_source(source: FileData) -> Iterator[SourceRow | BadRow]:
                 yield BadRow(row=before + number, id=_id_of(value), reason=f"{where}{error}")
         before += number
     if before == 0:
-        raise InputError(f"training data must have rows, but {source.path} is empty; write one row a sample")
+        raise InputError(f"data must have rows, but {source.path} is empty; write one row a sample")
 
 
 def import_row(row: SourceRow, images: ImageReader, *, decode: bool) -> ImportedRow:
@@ -139,7 +158,11 @@ def import_row(row: SourceRow, images: ImageReader, *, decode: bool) -> Imported
     image, image_hash = inspect(row.image)
     region = row.region
     if region is not None and row.unit != "pixels":
-        region = to_pixels(region, row.unit, image.width, image.height) if image is not None else None
+        try:
+            region = to_pixels(region, row.unit, image.width, image.height) if image is not None else None
+        except InputError as error:
+            problems.append(str(error))
+            region = None
     return ImportedRow(
         row=row.row,
         id=row.id,
@@ -192,7 +215,7 @@ def source_digest(source: FileData, images: ImageReader) -> str:
 
 def name_bad_rows(bad: Sequence[BadRow]) -> str:
     """Name the first bad rows with their reasons, a line each."""
-    lines = [f"  row {row.row} ({row.id or 'no id'}): {row.reason}" for row in bad[:NUM_NAMED]]
+    lines = [f"  row {row.row} ({shown(row.id or 'no id')}): {printable(row.reason)}" for row in bad[:NUM_NAMED]]
     if len(bad) > NUM_NAMED:
         lines.append(f"  ... and {len(bad) - NUM_NAMED} more")
     return "\n".join(lines)
@@ -249,12 +272,10 @@ def _evaluation_sample(value: Any, images: ImageReader, reserved: Sequence[str])
             f"question must not hold special tokens of the models, got {found[0]!r}; it would change the prompt's "
             "structure: remove it"
         )
-    answer = str(row["answer"])
-    if not answer.strip():
-        raise InputError(f"answer must not be empty, got {answer!r}")
+    answer = _answer(row["answer"])
     _require_unicode(str(fields.id), fields.question, answer)
     image = images.inspect(fields.image, decode=True).ref
-    region = enclose(parse_boxes(fields.boxes), "xyxy")
+    region = _region(fields.boxes, "xyxy")
     return EvaluationSample(
         id=str(fields.id),
         image=image,
@@ -265,6 +286,15 @@ def _evaluation_sample(value: Any, images: ImageReader, reserved: Sequence[str])
     )
 
 
+def _answer(value: Any) -> str:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not finite:
+        raise InputError(f"answer must be a text or a finite number, got {type(value).__name__}; write it as a text")
+    if not str(value).strip():
+        raise InputError("answer must not be empty")
+    return str(value)
+
+
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +303,7 @@ def _source_row(value: Any, form: Format, source: FileData, number: int, default
     fields = form.read({name: row.get(name) for name in form.fields})
     region, problem = None, None
     try:
-        region = enclose(parse_boxes(fields.boxes), source.box_format or form.box_format)
+        region = _region(fields.boxes, source.box_format or form.box_format)
     except InputError as error:
         problem = str(error)
     found = SourceRow(
@@ -290,23 +320,30 @@ def _source_row(value: Any, form: Format, source: FileData, number: int, default
         source=fields.source,
         license=fields.license or source.license,
         group=fields.group,
-        dropped=tuple(sorted(set(row) - set(form.fields))),
+        dropped=tuple(sorted(shown(name) for name in set(row) - set(form.fields))),
     )
     labels = (found.source, found.license, found.group)
     _require_unicode(found.id, found.question, *found.images, *(label for label in labels if label is not None))
     return found
 
 
+def _region(boxes: Any, box_format: BoxFormat) -> Box | None:
+    try:
+        return enclose(parse_boxes(boxes), box_format)
+    except RecursionError as error:
+        raise InputError("region must be four numbers, such as [x1, y1, x2, y2], got lists in lists") from error
+
+
 def _id_of(value: Any) -> str | None:
     identifier = value.get("id") if isinstance(value, dict) else None
-    return str(identifier).encode(errors="replace").decode() if isinstance(identifier, str | int) else None
+    return shown(identifier) if isinstance(identifier, str | int | float) else None
 
 
 def _object(value: Any) -> dict[str, Any]:
     if isinstance(value, InputError):
         raise value
     if not isinstance(value, dict):
-        raise InputError(f"row must be a JSON object, got {str(value)[:40]!r}")
+        raise InputError(f"row must be a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -316,7 +353,7 @@ def _require_unicode(*texts: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"text must be valid Unicode, got {text!r}") from error
+            raise InputError("text must be valid Unicode, but half of a surrogate pair is in it") from error
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -335,7 +372,7 @@ def _files(source: FileData) -> list[str]:
     names = sorted(PurePosixPath(name).name for name in patiently(lambda: fs.ls(inner, detail=False), source.path))
     names = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
     if not names:
-        raise InputError(f"training data of kind {source.kind} must be {suffix} files, got none in {source.path}")
+        raise InputError(f"data of kind {source.kind} must be {suffix} files, got none in {source.path}")
     return [f"{source.path.rstrip('/')}/{name}" for name in names]
 
 
@@ -365,6 +402,11 @@ def _count(url: str, form: Format) -> int:
 @contextmanager
 def _opened(url: str) -> Iterator[BinaryIO]:
     with _existing(url), open_file(url) as file:
+        start = file.read(4)
+        for mark, name in _NOT_UTF_8.items():
+            if start.startswith(mark):
+                raise InputError(f"{url} must be UTF-8, got {name}; convert it, or unpack it")
+        file.seek(0)
         yield file
 
 
@@ -389,35 +431,82 @@ def _lines(url: str) -> Iterator[tuple[int, Any]]:
 
 def _array_rows(url: str) -> Iterator[tuple[int, Any]]:
     """Read the rows of one JSON array, holding little more than one of them."""
-    decoder = json.JSONDecoder()
-    number, buffer, position = 0, "", 0
+    number = 0
     with _opened(url) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
+        text = _JsonText(file)
         try:
-            buffer = file.read(_CHUNK).lstrip()
-            if buffer and not buffer.startswith("["):
-                raise InputError(f"{url} must be a JSON array of rows, got {buffer[:20]!r}")
-            position = 1
-            while buffer:
-                between = _BETWEEN_ROWS.match(buffer, position)
-                assert between is not None, "the pattern matches nothing, too"
-                position = between.end()
-                if buffer.startswith("]", position):
-                    return
+            if not (mark := text.next_mark()):
+                return
+            if mark != "[":
+                raise InputError(f"{url} must be a JSON array of rows, but it begins with {mark!r}")
+            text.pass_mark()
+            more = text.next_mark() != "]"
+            while more:
                 try:
-                    value, position = decoder.raw_decode(buffer, position)
+                    value = text.value()
                 except ValueError as error:
-                    # The row may go on in the next chunk.
-                    more = file.read(_CHUNK) if len(buffer) - position <= _MAX_ROW else ""
-                    if not more:
-                        raise InputError(
-                            f"{url} must be a whole JSON array, but row {number + 1} is no JSON: {error}; mend the file"
-                        ) from error
-                    buffer, position = buffer[position:] + more, 0
-                else:
-                    number += 1
-                    yield number, value
+                    raise InputError(
+                        f"{url} must be a whole JSON array, but row {number + 1} is no JSON: {error}; mend the file"
+                    ) from error
+                number += 1
+                yield number, value
+                mark = text.next_mark()
+                if mark not in ("]", ","):
+                    raise InputError(
+                        f"{url} must be a whole JSON array, but row {number} is followed by "
+                        f"{repr(mark) if mark else 'nothing'}; mend the file"
+                    )
+                if more := mark == ",":
+                    text.pass_mark()
+                    text.next_mark()
+            text.pass_mark()
+            if mark := text.next_mark():
+                raise InputError(f"{url} must end with its JSON array, but {mark!r} follows; mend the file")
         except (UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"{url} must be JSON in UTF-8, but row {number + 1} is not: {error}") from error
+
+
+class _JsonText:
+    """Reads JSON marks and values from a text, which is held in part."""
+
+    def __init__(self, file: io.TextIOBase) -> None:
+        self._file = file
+        self._buffer, self._position = "", 0
+
+    def next_mark(self) -> str:
+        """Go to the next character that is no white space, and give it; nothing at the end."""
+        while True:
+            space = _SPACE.match(self._buffer, self._position)
+            assert space is not None, "the pattern matches nothing, too"
+            self._position = space.end()
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            self._buffer, self._position = self._file.read(_CHUNK), 0
+            if not self._buffer:
+                return ""
+
+    def pass_mark(self) -> None:
+        self._position += 1
+
+    def value(self) -> Any:
+        """Give the value that begins here, and go behind it; a ValueError says that it is none."""
+        while True:
+            broken: ValueError | None = None
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._buffer, self._position)
+            except UnicodeDecodeError:
+                raise
+            except ValueError as error:
+                broken, value, end = error, None, len(self._buffer)
+            # What ends where the chunk ends, or breaks, may go on in the next one.
+            in_reach = len(self._buffer) - self._position <= _MAX_ROW
+            more = self._file.read(_CHUNK) if end == len(self._buffer) and in_reach else ""
+            if not more:
+                if broken is not None:
+                    raise broken
+                self._position = end
+                return value
+            self._buffer, self._position = self._buffer[self._position :] + more, 0
 
 
 def _parquet_rows(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]]:
@@ -425,7 +514,7 @@ def _parquet_rows(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]
     number = 0
     with _existing(url), open_parquet(url) as parquet:
         leaves = [parquet.schema.column(index) for index in range(len(parquet.schema))]
-        names = dict.fromkeys(leaf.path.split(".")[0] for leaf in leaves)
+        names = dict.fromkeys(parquet.schema_arrow.names)
         bytes_of = {
             leaf.path.split(".")[0]: index
             for index, leaf in enumerate(leaves)
@@ -461,6 +550,6 @@ def _all_null(column: Any) -> bool:
 
 def _relative(url: str, root: str) -> str:
     below = f"{root.rstrip('/')}/"
-    if url.startswith(below):
+    if url.startswith(below) and stays_inside(url, root):
         return url.removeprefix(below)
     return url if "://" in url else os.path.abspath(url)

@@ -27,6 +27,7 @@ class PromptProcessor:
         """Load the processor of a model folder."""
         self._processor = load_processor(folder)
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
+        self._refusals: dict[Size, str | None] = {}
 
     def special_tokens(self) -> set[str]:
         """Give the texts that are special tokens; within a question they would change the prompt's structure."""
@@ -60,6 +61,17 @@ class PromptProcessor:
         """Render a question with its images as a prompt."""
         return Prompt(text=self.render(question, len(images), config), images=tuple(images))
 
+    def refusal(self, size: Size) -> str | None:
+        """Say why the model takes no image of a size, such as one far longer than wide; None where it does."""
+        if size not in self._refusals:
+            self._refusals[size] = None
+            if hasattr(self._processor, "_get_num_multimodal_tokens"):
+                try:
+                    self._processor._get_num_multimodal_tokens(image_sizes=[[size.height, size.width]])
+                except ValueError as error:
+                    self._refusals[size] = str(error)
+        return self._refusals[size]
+
     def lengths(
         self, questions: Sequence[str], sizes: Sequence[Sequence[Size]], config: PromptConfig
     ) -> list[int] | None:
@@ -67,7 +79,7 @@ class PromptProcessor:
 
         Args:
             questions: one a prompt.
-            sizes: the sizes of each prompt's images, in pixels; as many of them for every prompt.
+            sizes: the sizes of each prompt's images, in pixels; none that the model refuses (`refusal`).
             config: as for `render`.
 
         Returns:

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from tasks.adapters.duplicates import first_same, nearest, normalise_question
 from tasks.adapters.prompts import PromptProcessor
-from tasks.artifacts import ImageRef, ImportedRow, Record
+from tasks.artifacts import ArtifactRef, ImageRef, ImportedRow, Record
 from tasks.config import PromptConfig
 from vzero_core.config import ViewConfig
-from vzero_core.errors import InputError
-from vzero_core.views import Box, Size, clip_box, positive_crop, scale_box
+from vzero_core.errors import InputError, NoDisjointCropError
+from vzero_core.views import Box, Size, clip_box, negative_crop, positive_crop, scale_box
 
 NEEDS_NO_CLIPPING = "box needs no clipping"
 """Name of the expectation whose rows are counted as clipped."""
@@ -21,9 +21,16 @@ NEEDS_NO_CLIPPING = "box needs no clipping"
 class Fingerprint(Record):
     """A picture and a question of other data, such as a benchmark, which training must not hold; no answer."""
 
-    id: str
+    row: int = Field(description="Row of its file, from 1.")
     image_hash: str
     question: str
+
+
+class Compared(Record):
+    """Evaluation data that training is kept clear of."""
+
+    name: str = Field(description="Name of the file, for messages.")
+    fingerprints: ArtifactRef
 
 
 class RowFacts(Record):
@@ -44,6 +51,7 @@ class RowFacts(Record):
     has_evidence: bool = False
     same_id_as_row: int | None = None
     special_token: str | None = None
+    crop_problem: str | None = None
     same_as_row: int | None = None
     overlap: str | None = None
     student_tokens: int | None = None
@@ -85,7 +93,7 @@ def gather_facts(
     rows: Sequence[ImportedRow],
     *,
     reserved: Sequence[str],
-    others: Sequence[Fingerprint],
+    others: Sequence[tuple[str, Fingerprint]],
     max_distance: int,
     prompts: Prompts,
 ) -> list[RowFacts]:
@@ -94,32 +102,45 @@ def gather_facts(
     Args:
         rows: as imported.
         reserved: texts that no question may hold: the models' special tokens.
-        others: pictures and questions that training must not hold.
+        others: pictures and questions that training must not hold, each with the name of its file.
         max_distance: bits of 64 in which hashes of one picture may differ.
         prompts: what decides how long prompts are.
     """
-    same_ids = _first_of_same_id(rows)
+    problems = [row.problem or _lone_crop(row) or _refusal(row, prompts) for row in rows]
+    special = [next((token for token in reserved if token in row.question), None) for row in rows]
+    usable = [
+        not problem
+        and not token
+        and row.question.strip() != ""
+        and (row.region is None or clipped_region(row) is not None)
+        for row, problem, token in zip(rows, problems, special, strict=True)
+    ]
+    # What is set aside anyway makes no later row a duplicate.
+    same_ids = _first_of_same_id(rows, usable)
     hashes = [row.image_hash for row in rows]
-    same_rows = first_same(hashes, [row.question for row in rows], max_distance)
-    near = nearest(hashes, [other.image_hash for other in others])
-    tokens = _tokens(rows, prompts)
+    known = [value if use else None for value, use in zip(hashes, usable, strict=True)]
+    same_rows = first_same(known, [row.question for row in rows], max_distance)
+    near = nearest(hashes, [other.image_hash for _, other in others])
+    tokens = _tokens(rows, problems, prompts)
     facts = []
     for position, row in enumerate(rows):
         found = near[position]
         overlap = None
         if found is not None and found[1] <= max_distance:
-            overlap = _describe(row, others[found[0]], found[1])
+            overlap = _describe(row, *others[found[0]], found[1])
         same_row = same_rows[position]
         facts.append(
             RowFacts(
                 row=row.row,
                 id=row.id,
                 question=row.question,
-                problem=row.problem or _lone_crop(row),
+                problem=problems[position],
                 **_geometry(row),
-                has_evidence=row.region is not None or row.positive_image is not None,
+                # A row with a problem may have a region that cannot be read.
+                has_evidence=row.problem is not None or row.region is not None or row.positive_image is not None,
                 same_id_as_row=same_ids[position],
-                special_token=next((token for token in reserved if token in row.question), None),
+                special_token=special[position],
+                crop_problem=_crop_problem(row, prompts.views) if usable[position] else None,
                 same_as_row=rows[same_row].row if same_row is not None else None,
                 overlap=overlap,
                 **tokens.get(position, {}),
@@ -130,12 +151,13 @@ def gather_facts(
     return facts
 
 
-def _first_of_same_id(rows: Sequence[ImportedRow]) -> list[int | None]:
+def _first_of_same_id(rows: Sequence[ImportedRow], usable: Sequence[bool]) -> list[int | None]:
     first: dict[str, int] = {}
     found = []
-    for row in rows:
+    for row, use in zip(rows, usable, strict=True):
         found.append(first.get(row.id))
-        first.setdefault(row.id, row.row)
+        if use:
+            first.setdefault(row.id, row.row)
     return found
 
 
@@ -145,9 +167,37 @@ def _lone_crop(row: ImportedRow) -> str | None:
     return "positive_image and negative_image must be given together, got one of them; add the other or leave both out"
 
 
-def _describe(row: ImportedRow, other: Fingerprint, distance: int) -> str:
+def _refusal(row: ImportedRow, prompts: Prompts) -> str | None:
+    images = (row.image, row.positive_image, row.negative_image)
+    for image in images:
+        for processor in (prompts.student, prompts.teacher):
+            refusal = processor.refusal(_size(image)) if image is not None else None
+            if refusal is not None and image is not None:
+                return (
+                    f"image {image.uri} of {image.width}x{image.height} is refused by the model's processor: {refusal}"
+                )
+    return None
+
+
+def _crop_problem(row: ImportedRow, views: ViewConfig) -> str | None:
+    """Say why no irrelevant crop can be cut beside the relevant one; whether one can depends on sizes alone."""
+    region = clipped_region(row)
+    if region is None or row.image is None or row.positive_image is not None:
+        return None
+    detail = _size(row.detail_image or row.image)
+    positive = positive_crop(scale_box(region, _size(row.image), detail), *detail, views.positive)
+    try:
+        negative_crop(positive, views.negative, seed=0, sample_id=row.id)
+    except NoDisjointCropError as error:
+        return str(error)
+    return None
+
+
+def _describe(row: ImportedRow, name: str, other: Fingerprint, distance: int) -> str:
     asked = normalise_question(row.question) == normalise_question(other.question)
-    return f"{other.id} ({distance} of 64 bits differ; {'the same question' if asked else 'another question'})"
+    return (
+        f"{name} row {other.row} ({distance} of 64 bits differ; {'the same question' if asked else 'another question'})"
+    )
 
 
 def _geometry(row: ImportedRow) -> dict[str, Any]:
@@ -174,9 +224,9 @@ def clipped_region(row: ImportedRow) -> Box | None:
         return None
 
 
-def _tokens(rows: Sequence[ImportedRow], prompts: Prompts) -> dict[int, dict[str, int]]:
+def _tokens(rows: Sequence[ImportedRow], problems: Sequence[str | None], prompts: Prompts) -> dict[int, dict[str, int]]:
     """Give the lengths of the three prompts of each row whose images are known, by position."""
-    known = [(position, row, row.image) for position, row in enumerate(rows) if row.image and not row.problem]
+    known = [(position, row, row.image) for position, row in enumerate(rows) if row.image and not problems[position]]
     questions = [row.question for _, row, _ in known]
     views: dict[str, tuple[PromptProcessor, list[tuple[Size, ...]]]] = {
         "student_tokens": (prompts.student, [(_size(image),) for _, _, image in known]),

@@ -5,6 +5,7 @@ attempt is the artefact; what has no manifest does not exist.
 """
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -24,13 +25,14 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from tasks.adapters.cache import FileCache
+from tasks.adapters.files import PASSING_ERRNOS, patiently
 from tasks.adapters.files import StoreError as StoreError
-from tasks.adapters.files import patiently
 from tasks.adapters.files import sha256_file as sha256_file
 from tasks.adapters.transfers import BrokenFileError, Folder, open_folder
 from tasks.artifacts import ArtifactRef, FileEntry, Job, Manifest, content_digest
 
 T = TypeVar("T")
+log = logging.getLogger("vzero.store")
 
 CACHE_BYTES = 10 << 30
 """Default size of the local cache of a remote store."""
@@ -42,7 +44,7 @@ _MANIFEST = "manifest.json"
 
 
 class DamagedError(StoreError):
-    """A file of an artefact is gone, or differs from its checksum."""
+    """A file of an artefact is gone, or differs from its checksum, or its manifest is not whole."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Store:
         """Open the store; nothing is asked of it yet.
 
         Args:
-            url: folder or fsspec URL; a local folder is created at the first write, a bucket must exist.
+            url: folder or fsspec URL; a local folder is created at the first use, a bucket must exist.
             work_dir: local folder for attempts under way and the cache.
             cache_bytes: size of the cache of a remote store's files; a local store has none.
         """
@@ -89,11 +91,15 @@ class Store:
 
     @cached_property
     def identity(self) -> str:
-        """Random name given to the store at its first use; a store that was deleted and made anew has another."""
+        """Random name given to the store at its first use; a store that was deleted and made anew has another.
+
+        Raises:
+            StoreError: the store cannot be reached, made or written.
+        """
+        if self._root.local:
+            _make_writable(Path(self._root.path))
         content = self._root.read("store.json")
         if content is None:
-            if self._root.local:
-                Path(self._root.path).mkdir(parents=True, exist_ok=True)
             self._root.create("store.json", json.dumps({"identity": uuid.uuid4().hex}).encode())
             content = self._root.read("store.json")
         if content is None:
@@ -105,7 +111,8 @@ class Store:
         """Give the manifest committed under a key, or None.
 
         Raises:
-            StoreError: it is damaged, or the store cannot be reached.
+            DamagedError: it is not whole.
+            StoreError: the store cannot be reached.
         """
         folder = self._root.below(stage, key)
         content = folder.read(_MANIFEST)
@@ -114,7 +121,7 @@ class Store:
         try:
             return Manifest.model_validate_json(content)
         except ValidationError as error:
-            raise StoreError(
+            raise DamagedError(
                 f"{folder.url}/{_MANIFEST} must be whole, but is not; delete {folder.url} and run again"
             ) from error
 
@@ -130,9 +137,20 @@ class Store:
         ]
 
     def manifests(self, files: Iterable[StoredFile]) -> Iterator[Manifest]:
-        """Give the manifests among the files, in their order; one that was deleted since is left out."""
+        """Give the manifests among the files, in their order.
+
+        One that was deleted since is left out, and so is one that is not whole, with a warning.
+        """
+
+        def find(names: tuple[str, str]) -> Manifest | None:
+            try:
+                return self.find(*names)
+            except DamagedError as error:
+                log.warning("%s", error)
+                return None
+
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            yield from filter(None, pool.map(lambda names: self.find(*names), artefact_names(files)))
+            yield from filter(None, pool.map(find, artefact_names(files)))
 
     def manifest(self, ref: ArtifactRef) -> Manifest:
         """Give an artefact's manifest.
@@ -332,6 +350,21 @@ def artefact_names(files: Iterable[StoredFile]) -> list[tuple[str, str]]:
     """Give stage and key of the artefacts whose manifests are among the files."""
     paths = [PurePosixPath(file.path).parts for file in files]
     return [(parts[0], parts[1]) for parts in paths if len(parts) == 3 and parts[2] == _MANIFEST]
+
+
+def _make_writable(folder: Path) -> None:
+    """Make the folder of a local store where there is none, and see that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Rights alone do not tell: the disk may be mounted for reading only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if error.errno in PASSING_ERRNOS:
+            raise
+        raise StoreError(
+            f"store.url must be a folder that can be written, got {folder}: {error.strerror}; correct it, or its rights"
+        ) from error
 
 
 def _changed(info: dict[str, Any]) -> datetime:

@@ -112,7 +112,7 @@ def main() -> None:
             context = RunContext(
                 store=store,
                 data=nothing,
-                compared=(),
+                compared={},
                 dataset=Dataset(store, reader),
                 evaluation=nothing,
                 engines=nothing,

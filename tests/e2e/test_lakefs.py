@@ -1,5 +1,6 @@
 """The pipeline with its data and its outputs in lakeFS: a stand-in's API, and a real S3 server as its gateway."""
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from tasks.adapters.files import StoreError, filesystem, read_bytes
 from tasks.adapters.lakefs_repo import LakeFSRepo
 from tasks.adapters.store import Store, code_version
 from tasks.adapters.tables import read_rows
-from tasks.artifacts import Manifest, Sample
+from tasks.artifacts import BadRow, Manifest, Sample
 from tasks.config import DataConfig, FileData, OutputsConfig
 from tasks.small_world.dataset import write_dataset
 from vzero_core.errors import ConfigError
@@ -292,3 +293,18 @@ def test_a_variable_that_is_missing_is_named(
     monkeypatch.delenv(missing)
     with pytest.raises(ConfigError, match=f"got no {missing}; set it in the environment"):
         vzero(config)
+
+
+def test_proposed_regions_are_committed_with_the_samples(lake: Lake) -> None:
+    lake.push(1)
+    client, path = lake.storage.client(), f"{lake.name}/main/data/train.jsonl"
+    rows = [json.loads(line) for line in client.cat_file(path).splitlines()]
+    client.pipe_file(path, "\n".join(json.dumps({**row, "region": None}) for row in rows).encode())
+    LakeFSRepo(lake.name).commit("main", "no regions", {})
+    result = lake.run(regions={"proposer": {"kind": "grid"}})
+    commit = lake.commit(result)
+    assert lake.manifest(result).inputs["samples"].stage == "regions"
+    samples = read_rows(lake.read(commit.id, "samples.parquet"), Sample)
+    assert samples
+    assert all(sample.region is not None for sample in samples)
+    assert len(samples) + len(read_rows(lake.read(commit.id, "quarantine.parquet"), BadRow)) == 16

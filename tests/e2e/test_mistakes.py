@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from flows.config import PROJECT
 from flows.full_pipeline import main
@@ -69,7 +70,7 @@ MISTAKES: dict[str, tuple[Callable[[Path, Rows], None], str, list[str]]] = {
     "box outside": (change(2, region=[500, 500, 600, 600]), "", ["row 3", "box must meet the 64x64 image"]),
     "zero-area box": (change(2, region=[5, 5, 5, 9]), "", ["row 3", "box"]),
     "duplicate ids": (same_id, "", ["row 2 (twice)", "id must be unique"]),
-    "empty file": (no_rows, "", ["training data must have rows", "empty"]),
+    "empty file": (no_rows, "", ["data must have rows", "empty"]),
     "empty image": (empty_image, "", ["row 3", "image empty.png must not be empty"]),
     "no image": (text_as_image, "", ["row 3", "image text.png must be an image"]),
     "no processor": (no_processor, "", ["teacher", "must have a processor"]),
@@ -106,3 +107,30 @@ def test_a_mistake_is_named_before_any_training(
         assert word in error, error
     assert not list((tmp_path / "store").glob("train/*"))
     assert not list((tmp_path / "store").glob("replay/*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"question": "digit " * 5000}, ["the prompt must have at most", "tokens for the student", "got 50"]),
+        ({"image": "narrow.png"}, ["image narrow.png of 20000x1 is refused by the processor of the student"]),
+    ],
+)
+def test_an_evaluation_question_that_no_model_can_be_asked_is_named(
+    change: dict[str, Any], words: list[str], tmp_path: Path, prefect_api: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "data", num_prompts=16, num_eval=4, seed=0)
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "data" / "narrow.png")
+    path = tmp_path / "data" / "eval.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2] |= {"region": None, **change}
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "my.toml").write_text(
+        '[data.source]\nkind = "jsonl"\npath = "data/train.jsonl"\nevaluation_path = "data/eval.jsonl"\n'
+        '[store]\nurl = "store"\n[placement]\nwork_dir = "work"\n'
+    )
+    assert main(["--config", str(tmp_path / "my.toml")]) == 1
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    for word in ["evaluation data", rows[2]["id"], *words]:
+        assert word in error, error

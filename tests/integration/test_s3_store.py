@@ -12,8 +12,10 @@ from typing import ClassVar, Literal
 
 import fsspec
 import pytest
+from support.runs import small_config
 from support.seaweed import BUCKET, KEYS, Line, SeaweedServer
 
+from flows.run import open_run
 from tasks.adapters import files
 from tasks.adapters.files import StoreUnavailableError, configure_s3
 from tasks.adapters.store import DamagedError, Outcome, Store, StoreError
@@ -308,6 +310,29 @@ def test_a_missing_bucket_is_named(seaweed: SeaweedServer, s3_url: str, tmp_path
     for use in (lambda: store.identity, lambda: store.produce(BytesJob(name="x"), refuse), store.files):
         with pytest.raises(StoreError, match=f"bucket of s3://no-such-bucket/store.* must exist at {seaweed.endpoint}"):
             use()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("options", "url", "match"),
+    [
+        ({"endpoint_url": "http://127.0.0.1:1"}, None, "http://127.0.0.1:1 must answer for .* within 1 s"),
+        ({"secret": "wrong-secret"}, None, "was refused by .*check the access key"),
+        ({}, "s3://no-such-bucket/store", "bucket of s3://no-such-bucket/store.* must exist"),
+    ],
+)
+def test_a_run_whose_store_cannot_be_used_is_told_so_before_it_starts(
+    seaweed: SeaweedServer,
+    s3_url: str,
+    tmp_path: Path,
+    options: dict[str, str],
+    url: str | None,
+    match: str,
+) -> None:
+    configure_s3({**seaweed.options("admin"), **options})
+    config = small_config(tmp_path, store={"url": url or s3_url})
+    with pytest.raises(StoreError, match=match), open_run(config):
+        pytest.fail("the run started")
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------

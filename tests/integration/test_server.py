@@ -27,6 +27,14 @@ with prefect_server(Path(sys.argv[1])) as url:
     time.sleep(600)
 """
 
+RUN = """
+import sys
+from pathlib import Path
+from flows import full_pipeline
+full_pipeline.PROJECT = Path(sys.argv[1])
+sys.exit(full_pipeline.main(["--config", sys.argv[2]]))
+"""
+
 
 def alive(pid: int) -> bool:
     """Whether a process runs (a zombie does not)."""
@@ -70,3 +78,27 @@ def test_it_stops_locks_and_sweeps(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not alive(server)
     assert not (tmp_path / "server.json").exists()
+
+
+def test_a_run_that_is_ended_takes_its_server_with_it(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(
+        'name = "stopped"\n[data.source]\nkind = "small_world"\nnum_prompts = 64\nnum_evaluation = 8\n'
+        '[store]\nurl = "store"\n[placement]\nwork_dir = "work"\nthreads = 1\n'
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    command = [sys.executable, "-c", RUN, str(tmp_path), str(tmp_path / "my.toml")]
+    run = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "store" / "rollouts").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    server = json.loads((tmp_path / ".vzero" / "prefect" / "server.json").read_text())["pid"]
+    try:
+        run.terminate()
+        _, errors = run.communicate(timeout=60)
+        assert errors.endswith("stopped; the same command goes on from here\n")
+        assert "Traceback" not in errors
+        assert run.returncode == 130
+        assert not alive(server)
+    finally:
+        if alive(server):
+            os.killpg(server, signal.SIGKILL)

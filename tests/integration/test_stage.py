@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import pytest
 from prefect import flow
 
+from tasks.adapters.files import StoreUnavailableError
 from tasks.adapters.store import Outcome, Store
 from tasks.artifacts import ArtifactRef, Job
 from tasks.stage import RunContext, stage
@@ -58,7 +59,10 @@ def test_what_can_pass_is_tried_again(prefect_api: str, tmp_path: Path, error: B
     assert context(tmp_path).store.read(ref, "count.txt") == b"7"
 
 
-@pytest.mark.parametrize("error", [InputError("bad row"), FileNotFoundError("gone"), ValueError("bug")])
+@pytest.mark.parametrize(
+    "error",
+    [InputError("bad row"), FileNotFoundError("gone"), ValueError("bug"), StoreUnavailableError("was waited for")],
+)
 def test_what_cannot_pass_is_not(prefect_api: str, tmp_path: Path, error: Exception) -> None:
     task, calls = counting_stage([error])
     with pytest.raises(type(error)):

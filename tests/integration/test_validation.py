@@ -50,6 +50,8 @@ def dataset(tmp_path: Path) -> Path:
     scene(3).resize((70, 70)).save(tmp_path / "copy.jpg", quality=80)
     scene(900).save(tmp_path / "bench.png")
     scene(900).resize((50, 50)).save(tmp_path / "leaked.jpg", quality=80)
+    scene(31).save(tmp_path / "whole.png")
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "narrow.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "1.png").read_bytes()[:300])
     rows = [row(f"good {number}", f"{number}.png") for number in range(9)]
     rows += [row("other question", "copy.jpg", question="digit on the blue circle ?")]
@@ -67,6 +69,10 @@ def dataset(tmp_path: Path) -> Path:
         # 32 tokens for the student; the crop adds six for the teacher.
         row("crop", "19.png", question=QUESTION + " ?" * 6),
         row("nowhere", "17.png", region=None),
+        row("narrow", "narrow.png", region=[0, 0, 500, 1]),
+        row("whole", "whole.png", region=[0, 0, 64, 57]),
+        # Its picture and question are those of a row that is set aside for another reason.
+        row("second try", "10.png"),
         row("bare", "18.png", source=None, license=None, region=[50, 50, 70, 70]),
     ]
     lines = [json.dumps(found | {"answer": "7"}) for found in rows]
@@ -87,6 +93,8 @@ EXPECTED = {
     "special": "special tokens of the models, got '<|image_pad|>'",
     "long": r"prompt must have at most 35 tokens \(student\), got 5\d\d\d",
     "crop": r"^prompt must have at most 35 tokens \(teacher, relevant crop\), got 38;.*\(teacher, irrelevant crop\)",
+    "narrow": "image narrow.png of 20000x1 is refused by the model's processor: absolute aspect ratio",
+    "whole": "must have at most 35 tokens",
     "nowhere": "must have a region, or both crops",
     None: "row must be a JSON object",
 }
@@ -129,7 +137,11 @@ async def tables(key: str) -> list[Any]:
 
 def test_every_defect_is_set_aside_with_its_reason(dataset: Path, prefect_api: str) -> None:
     samples, bad, summary, docs, listed = run(config_of(dataset))
-    assert [sample.id for sample in samples] == [f"good {number}" for number in range(9)] + ["other question", "bare"]
+    assert [sample.id for sample in samples] == [f"good {number}" for number in range(9)] + [
+        "other question",
+        "second try",
+        "bare",
+    ]
     reasons = {found.id: found.reason for found in bad}
     assert set(reasons) == set(EXPECTED)
     for name, reason in EXPECTED.items():
@@ -159,7 +171,7 @@ def test_the_dashboard_has_a_table_of_it(dataset: Path, prefect_api: str) -> Non
 
 def test_too_many_bad_rows_stop_the_run_and_leave_the_list(dataset: Path, prefect_api: str) -> None:
     with pytest.raises(
-        InputError, match=r"(?s)at most 10.0% of the rows may be bad .* got 13 of 24; .*row 11 \(same\)"
+        InputError, match=r"(?s)at most 10.0% of the rows may be bad .* got 15 of 27; .*row 11 \(same\)"
     ) as error:
         run(config_of(dataset, max_bad_share=0.1))
     listed = re.search(r"all of them stand in (\S+rows-set-aside.csv)", str(error.value))
@@ -167,7 +179,7 @@ def test_too_many_bad_rows_stop_the_run_and_leave_the_list(dataset: Path, prefec
     assert len(Path(listed.group(1)).read_text().splitlines()) >= 14
     # What was validated is there: the run goes on once the limit is raised.
     samples, *_ = run(config_of(dataset))
-    assert len(samples) == 11
+    assert len(samples) == 12
 
 
 def test_headers_alone_find_what_needs_no_pixels_and_say_what_was_not_checked(dataset: Path, prefect_api: str) -> None:
@@ -188,3 +200,19 @@ def test_evaluation_data_that_cannot_be_read_stops_the_run(dataset: Path, prefec
     (dataset / "bench.jsonl").write_text(json.dumps({"image": "gone.png", "question": "?"}))
     with pytest.raises(InputError, match=r"(?s)every row of .*bench.jsonl must have .*row 1 .*gone.png must exist"):
         run(config_of(dataset))
+
+
+def test_what_comes_with_the_data_cannot_act_in_the_pages(dataset: Path, prefect_api: str) -> None:
+    hostile = "<meta http-equiv=refresh content=0;url=//evil.example/><script>alert(1)</script><!-- "
+    scene(40).save(dataset / "40.png")
+    with (dataset / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(row("=1+1", "40.png", question=f"{hostile} ?", region=[90, 90, 99, 99])))
+        file.write("\n" + json.dumps(row("hostile", f"{hostile}.png")))
+    _, bad, _, docs, listed = run(config_of(dataset))
+    assert {"=1+1", "hostile"} <= {found.id for found in bad}
+    page = docs.read_text()
+    assert "&lt;meta http-equiv=refresh" in page
+    assert "<meta http-equiv=refresh" not in page
+    assert "<script" not in page
+    assert "<!-- ?" not in page
+    assert "'=1+1" in listed.read_text()

@@ -75,7 +75,11 @@ class Run:
         policies = [self.student, rounds[-1].train]
         questions = self._put(
             EvaluationDataJob(
-                source="q", models=ArtifactRef(stage="check_models", key="k", digest="d"), max_image_pixels=1
+                source="q",
+                models=ArtifactRef(stage="check_models", key="k", digest="d"),
+                max_image_pixels=1,
+                prompt=PROMPT,
+                max_new_tokens=8,
             ),
             {},
             {"num_samples": NUM_QUESTIONS, "num_bad": 0},

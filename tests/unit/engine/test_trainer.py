@@ -200,7 +200,7 @@ class Run:
         self.context = RunContext(
             store=self.world.store,
             data=unused,
-            compared=(),
+            compared={},
             dataset=self.world.dataset,
             evaluation=unused,
             engines=self.engines,

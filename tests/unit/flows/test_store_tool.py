@@ -1,5 +1,6 @@
 """The store tool shows what is there, finds what is damaged, and collects what is no longer needed, nothing else."""
 
+import logging
 import os
 import shutil
 import time
@@ -261,6 +262,32 @@ def test_gc_collects_old_attempts_that_nothing_names(
     assert "1 deleted" in run(capsys, url, "gc", "--delete", "--older-than", "0")[1]
     assert not young.exists()
     assert run(capsys, url, "verify")[0] == 0
+
+
+def test_a_manifest_that_is_not_whole_is_named_and_its_artefact_left_alone(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Each call of the tool adds a handler, which writes to what was standard error then.
+    monkeypatch.setattr(logging.getLogger("vzero"), "handlers", [])
+    world = World(Store(url, tmp_path / "work"))
+    run(capsys, url, "gc", "--delete")
+    damaged = [world.right[0], world.state(world.left[2])]
+    broken = [Path(url) / ref.stage / ref.key / "manifest.json" for ref in damaged]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:100])
+    before = {path for path in Path(url).rglob("*") if path.is_file()}
+    old = time.time() - 25 * 3600
+    for path in before:
+        os.utime(path, (old, old))
+    for command in (["ls"], ["show", world.left[2].key], ["gc", "--delete"]):
+        logging.getLogger("vzero").handlers.clear()
+        assert main([*command, "--store", url]) == 0
+        printed = capsys.readouterr()
+        assert set(printed.err.splitlines()) == {
+            f"WARNING: {path} must be whole, but is not; delete {path.parent} and run again" for path in broken
+        }
+    assert "0 deleted" in printed.out
+    assert {path for path in Path(url).rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.s3

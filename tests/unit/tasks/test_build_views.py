@@ -76,7 +76,7 @@ class World:
         self.context: Any = RunContext(
             store=self.store,
             data=SimpleNamespace(),  # type: ignore[arg-type]
-            compared=(),
+            compared={},
             dataset=Dataset(self.store, self.reader),
             evaluation=SimpleNamespace(),  # type: ignore[arg-type]
             engines=SimpleNamespace(),  # type: ignore[arg-type]

@@ -53,6 +53,7 @@ def run(*changes: dict[str, Any], limits: Limits = LIMITS) -> Judgement:
         ({"region_share": 0.51}, r"region must cover at most 50% of the image .*, got 51%"),
         ({"same_as_row": 1}, "row 1 has the same picture and question"),
         ({"overlap": "bench.jsonl row 7"}, "must not be in evaluation data, but it is that of bench.jsonl row 7"),
+        ({"crop_problem": "no such place"}, "no such place"),
         ({"student_tokens": 101}, r"at most 100 tokens \(student\), got 101"),
         ({"positive_tokens": 201}, r"at most 200 tokens \(teacher, relevant crop\), got 201"),
         ({"negative_tokens": 201}, r"at most 200 tokens \(teacher, irrelevant crop\), got 201"),

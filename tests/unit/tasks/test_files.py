@@ -164,6 +164,15 @@ def test_errors_that_should_pass_but_do_not_are_told_in_the_end(
         patiently(lambda: fail(error), "s3://bucket/key")
 
 
+def test_a_web_server_is_named_by_its_address_not_by_the_one_of_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    configure_s3_for(monkeypatch)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    with pytest.raises(
+        StoreUnavailableError, match=r"^https://example\.org:8443 must answer for https://example\.org:8"
+    ):
+        patiently(lambda: fail(ConnectionResetError("reset")), "https://example.org:8443/data/train.jsonl")
+
+
 @pytest.mark.parametrize(
     ("error", "match"),
     [

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.formats import QUESTION, REGION, SECRET, SIZE, WRITERS, png, save, write_jsonl, write_parquet
 
-from tasks.adapters.formats import FORMATS, enclose, parse_boxes, to_pixels
+from tasks.adapters.formats import FORMATS, enclose, parse_boxes, shown, to_pixels
 from tasks.adapters.images import ImageReader
 from tasks.adapters.importers import SourceRow, count_rows, image_root, import_row, read_source
 from tasks.artifacts import BadRow, ImportedRow
@@ -138,13 +138,17 @@ def test_all_fields_of_our_own_format_are_kept(tmp_path: Path, kind: str) -> Non
     [
         ({"image": None}, "row must have image and question; image missing"),
         ({"image": None, "question": None}, "image, question missing"),
-        ({"id": True}, "id must be a text or a whole number, got True"),
+        ({"id": True}, "id must be a text or a whole number, got bool"),
+        ({"id": 1.5}, "id must be a text or a whole number, got float"),
+        ({"id": float("nan")}, "id must be a text or a whole number, got float"),
+        ({"id": ""}, "id must not be blank"),
+        ({"id": " "}, "id must not be blank"),
         ({"id": [1]}, "id must be a text or a whole number"),
-        ({"question": 7}, "question must be a text, got 7"),
-        ({"image": 7}, "image must be the path of an image, got 7"),
+        ({"question": 7}, "question must be a text, got int"),
+        ({"image": 7}, "image must be the path of an image, got int"),
         ({"image": ["a.png", "b.png"]}, "image must hold one image, got 2"),
         ({"image": []}, "image must hold one image, got 0"),
-        ({"image": {"bytes": "iVBOR"}}, "image must be the path of an image, got None"),
+        ({"image": {"bytes": "iVBOR"}}, "image must be the path of an image, got NoneType"),
         ({"detail_image": 7}, "detail_image must be the path of an image"),
         ({"source": [1]}, "source must be a text"),
         ({"question": "\ud800"}, "must be valid Unicode"),
@@ -158,6 +162,31 @@ def test_a_row_of_a_wrong_form_is_set_aside_with_the_reason(tmp_path: Path, chan
     bad = only_bad_row(FileData(kind="jsonl", path=str(tmp_path / "d.jsonl")))
     assert reason in bad.reason
     assert BadRow.model_validate_json(bad.model_dump_json()) == bad
+
+
+def test_a_whole_number_may_be_written_as_a_float(tmp_path: Path) -> None:
+    """So pandas holds whole numbers of a column with gaps."""
+    row = {"image": "a.png", "question": "what?"}
+    write_parquet(tmp_path / "d.parquet", [row | {"id": number} for number in (0.0, None, 12.0)])
+    found = good_rows(FileData(kind="parquet", path=str(tmp_path / "d.parquet")))
+    assert [row.id for row in found] == ["0", "d:2", "12"]
+
+
+@pytest.mark.parametrize("answer", [["SECRET"] * 2, {"a": "SECRET"}, [["SECRET"]], [{"bbox": "SECRET"}, "SECRET"]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_reason_tells_a_value_that_should_not_be_there(tmp_path: Path, kind: Any, answer: Any) -> None:
+    """Every field but the boxes is put in the place of every other one, and the row in the place of the object."""
+    form = FORMATS[kind]
+    good = {"question": "?", "problem": "?", "dataset": "d", "prompt": [{"role": "user", "content": "?"}]}
+    good |= {"image": "a.png", "images": ["images/a.png"], "conversations": [{"from": "human", "value": "?"}]}
+    good |= {"teacher_images": ["images/a.png"], "teacher_neg_images": ["images/a.png"]}
+    rows = [good | {name: answer} for name in form.fields if name not in ("region", "bbox", "bboxs")]
+    rows += [answer, "SECRET", good | {"problem": "What SECRET is in the red bounding box?"}]
+    write_jsonl(tmp_path / "d.jsonl", [json.dumps(row) for row in rows])
+    found = read_source(FileData(kind=kind, path=str(tmp_path / "d.jsonl")))
+    bad = [row for row in found if isinstance(row, BadRow)]
+    assert len(bad) >= 3
+    assert "SECRET" not in "".join(row.model_dump_json() for row in bad)
 
 
 def test_a_row_without_an_id_is_named_after_its_file_and_number(tmp_path: Path) -> None:
@@ -377,6 +406,47 @@ def test_what_is_no_box_is_refused(value: Any) -> None:
         parse_boxes(value)
 
 
+@pytest.mark.parametrize(("value", "shown"), [("NaN,1,2,3", "got NaN,1,2,3"), ([[1, 2]], r"got \[1, 2\]")])
+def test_what_is_no_box_is_named(value: Any, shown: str) -> None:
+    with pytest.raises(InputError, match=f"{shown}$"):
+        parse_boxes(value)
+
+
+@pytest.mark.parametrize("value", [[0.1] * 100_000, "here " * 1000, {"x" * 1000: 1}, "\x1b[31m" * 1000])
+def test_of_a_long_value_only_its_ends_are_named(value: Any) -> None:
+    with pytest.raises(InputError) as error:
+        parse_boxes(value)
+    message = str(error.value)
+    assert len(message) < 200
+    assert "..." in message
+    assert message.isprintable()
+
+
+def test_lists_in_lists_without_end_are_no_box(tmp_path: Path) -> None:
+    depth = 600
+    row = '{"id": "a", "image": "a.png", "question": "?", "region": ' + "[" * depth + "]" * depth + "}"
+    write_jsonl(tmp_path / "d.jsonl", [row])
+    (found,) = read_source(FileData(kind="jsonl", path=str(tmp_path / "d.jsonl")))
+    assert isinstance(found, SourceRow)
+    assert "region must be four numbers" in (found.problem or "")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("plain ä 語", "plain ä 語"),
+        ("\x1b[31m\x07\n", r"\x1b[31m\x07\n"),
+        ("\u202eright to left", r"\u202eright to left"),
+        ("\ud800", r"\ud800"),
+        ("a" * 80, "a" * 80),
+        ("a" * 40 + "b" * 41, "a" * 37 + "..." + "b" * 40),
+        (7, "7"),
+    ],
+)
+def test_a_value_is_shown_printable_and_short(value: object, text: str) -> None:
+    assert shown(value) == text
+
+
 def test_an_unreadable_box_is_a_problem_of_its_row(tmp_path: Path) -> None:
     save(tmp_path / "a.png", png())
     write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "image": "a.png", "question": "?", "region": "here"}])
@@ -390,6 +460,27 @@ def test_of_several_boxes_the_smallest_that_contains_them_is_taken() -> None:
     assert enclose([(5, 6, 7, 8), (1, 7, 6, 20)], "xyxy") == Box(1, 6, 7, 20)
     assert enclose([(5, 6, 7, 8), (1, 7, 6, 20)], "xywh") == Box(1, 6, 12, 27)
     assert enclose([], "xyxy") is None
+
+
+def test_a_box_beyond_all_floats_is_refused() -> None:
+    """1.7e308 is a float, its sum with itself and its multiples are none."""
+    with pytest.raises(InputError, match=r"region must be finite numbers, got \[1.7e\+308, 0, inf, 1\]"):
+        enclose([(1.7e308, 0, 1.7e308, 1)], "xywh")
+    for unit in ("fraction", "per_mille"):
+        with pytest.raises(InputError, match=r"region must be finite numbers, got .*inf"):
+            to_pixels(Box(0, 0, 1.7e308, 1), unit, 64, 48)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", [{"box_unit": "fraction"}, {"box_unit": "per_mille"}, {"box_format": "xywh"}])
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_box_beyond_all_floats_is_a_problem_of_its_row(tmp_path: Path, form: Any, decode: bool) -> None:
+    save(tmp_path / "a.png", png())
+    huge = [1.7e308, 0, 1.7e308, 1]
+    write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "image": "a.png", "question": "?", "region": huge}])
+    (row,) = imported(FileData(kind="jsonl", path=str(tmp_path / "d.jsonl"), **form), decode=decode)
+    assert row.region is None
+    assert row.image is not None
+    assert "region must be finite numbers" in (row.problem or "")
 
 
 numbers = st.floats(-1e4, 1e4, allow_nan=False)

@@ -3,11 +3,15 @@
 import io
 import os
 import struct
+import threading
 import tracemalloc
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import imagehash
 import numpy as np
 import pyarrow as pa
@@ -17,6 +21,7 @@ from PIL import ExifTags, Image
 from support.formats import png, save, write_parquet
 
 from tasks.adapters import images as module
+from tasks.adapters.files import StoreUnavailableError
 from tasks.adapters.images import ImageReader, Inspected, embedded_uri
 from tasks.artifacts import ImageRef
 from vzero_core.errors import InputError
@@ -329,10 +334,152 @@ def test_a_relative_path_cannot_leave_the_folder(reader: ImageReader, uri: str) 
         reader.inspect(uri, decode=True)
 
 
-@pytest.mark.parametrize("uri", ["a\0.png", "data:image/png;base64,iVBORw0KGgo="])
-def test_what_is_no_path_is_refused(reader: ImageReader, uri: str) -> None:
-    with pytest.raises(InputError, match="must be a path or URL"):
-        reader.inspect(uri, decode=True)
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_relative_path_cannot_leave_the_folder_through_a_link(tmp_path: Path, decode: bool) -> None:
+    for name in ("data", "other"):
+        save(tmp_path / name / "a.png", png((8, 8)))
+    write_parquet(tmp_path / "other" / "t.parquet", [{"image": png((8, 8))}])
+    (tmp_path / "data" / "folder").symlink_to(tmp_path / "other")
+    (tmp_path / "data" / "out.png").symlink_to(tmp_path / "other" / "a.png")
+    (tmp_path / "data" / "in.png").symlink_to(tmp_path / "data" / "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for root in ("data", "link"):
+        reader = ImageReader(str(tmp_path / root), 1000)
+        assert reader.inspect("in.png", decode=decode).ref.width == 8
+        for uri in ("out.png", "folder/a.png", embedded_uri("folder/t.parquet", 0, "image", 0)):
+            with pytest.raises(InputError, match="must stay inside the dataset's folder, also through links, got"):
+                reader.inspect(uri, decode=decode)
+        assert reader.stamp("out.png") == []
+    assert ImageReader("/", 1000).inspect(str(tmp_path / "data" / "out.png")[1:], decode=decode).ref.width == 8
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        " ",
+        "file://",
+        "a\0.png",
+        "data:image/png;base64,iVBORw0KGgo=",
+        "foo://x/y.png",
+        "gs://bucket/a.png",
+        "S3://bucket/a.png",
+        "local:///etc/passwd",
+        "simplecache::file:///a.png",
+        "zip://a.png::file:///a.zip",
+        "s3://bucket/a.png::memory://x",
+        "a::b.png",
+        embedded_uri("foo://x/t.parquet", 0, "image", 0),
+    ],
+)
+def test_what_is_no_path_or_known_url_is_refused(reader: ImageReader, uri: str) -> None:
+    for decode in (True, False):
+        with pytest.raises(
+            InputError, match="must be a path or one of file, s3, lakefs, http, https, memory URLs, got '"
+        ):
+            reader.inspect(uri, decode=decode)
+    assert reader.stamp(uri) == []
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 13])
+def test_a_number_too_long_for_a_row_is_part_of_a_name(reader: ImageReader, tmp_path: Path, number: str) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"image": png((8, 8))}])
+    for uri in (f"a.parquet#row={number}&column=image&index=0", f"a.parquet#row=0&column=image&index={number}"):
+        with pytest.raises(InputError, match=r"^image a\.parquet#row=.* must (exist|be a file)"):
+            reader.inspect(uri, decode=True)
+        assert reader.stamp(uri) == []
+
+
+@pytest.mark.parametrize("uri", ["s3://BAD BUCKET/a.png", "s3:///a?b/a.png", "s3://a?b/a.png"])
+def test_a_bucket_that_no_server_could_have_is_refused(
+    reader: ImageReader, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    for decode in (True, False):
+        with pytest.raises(InputError, match="must have a bucket and a path that S3 allows"):
+            reader.inspect(uri, decode=decode)
+    assert reader.stamp(uri) == []
+
+
+def test_memory_urls_are_read(reader: ImageReader) -> None:
+    fs, path = fsspec.core.url_to_fs("memory://images/a.png")
+    fs.pipe_file(path, png((8, 8)))
+    assert inspect(reader, "memory://images/a.png").ref.width == 8
+
+
+def test_names_in_messages_are_printable_and_short(reader: ImageReader) -> None:
+    for uri in ("no\x1b]0;pwn\x07.png", "x/" * 4000 + "end.png", "\x1b::" + "x" * 4000):
+        with pytest.raises(InputError) as error:
+            reader.inspect(uri, decode=True)
+        message = str(error.value)
+        assert message.isprintable()
+        assert len(message) < 400
+    with pytest.raises(InputError, match=r"^image no\\x1b\]0;pwn\\x07\.png must exist"):
+        reader.inspect("no\x1b]0;pwn\x07.png", decode=True)
+
+
+class _Web(BaseHTTPRequestHandler):
+    """Gives an image without telling its size or an ETag, refuses everything else."""
+
+    def do_GET(self) -> None:
+        self.send_response({"/a.png": 200, "/missing.png": 404}.get(self.path, 500))
+        self.end_headers()
+        self.wfile.write(png((8, 6)))
+
+    def log_message(self, *args: object) -> None:
+        """Keep the tests' output clean."""
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_images_on_the_web_are_read_whole_and_pinned_by_content(reader: ImageReader, web: str, decode: bool) -> None:
+    for found in (
+        reader.inspect(f"{web}/a.png", decode=decode),
+        ImageReader(web, 1000).inspect("a.png", decode=decode),
+    ):
+        assert (found.ref.width, found.ref.height, len(found.ref.sha256 or "")) == (8, 6, 64)
+        assert (found.hash is not None) is decode
+    assert reader.read(reader.inspect(f"{web}/a.png", decode=decode).ref).size == (8, 6)
+    with pytest.raises(InputError, match=r"missing\.png must exist"):
+        reader.inspect(f"{web}/missing.png", decode=decode)
+    with pytest.raises(InputError, match=r"broken\.png must be reachable, but: 500"):
+        reader.inspect(f"{web}/broken.png", decode=decode)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1/x.png", "https://127.0.0.1:1/x.png", "http://", "http://[::1/x"])
+def test_a_web_server_that_is_not_there_is_asked_once(
+    reader: ImageReader, uri: str, decode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for patient in ("read_bytes", "open_file"):
+        monkeypatch.setattr(module, patient, lambda url: pytest.fail("waits"))
+    with pytest.raises(InputError, match=r"^image http.* must be reachable|^image must be a path or one of"):
+        reader.inspect(uri, decode=decode)
+    assert reader.stamp(uri) == []
+
+
+def test_once_validated_a_web_image_is_waited_for(
+    reader: ImageReader, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row is known to be good, so it is not the row's fault."""
+
+    def lost(url: str) -> bytes:
+        raise StoreUnavailableError("gone")
+
+    ref = reader.inspect(f"{web}/a.png", decode=True).ref
+    monkeypatch.setattr(module, "read_bytes", lost)
+    with pytest.raises(StoreUnavailableError):
+        reader.read(ref)
 
 
 def test_paths_may_be_absolute_or_file_urls(tmp_path: Path) -> None:

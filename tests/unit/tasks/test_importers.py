@@ -1,10 +1,12 @@
 """Rows are read as they are asked for; a bad one comes with its number and reason, and ends nothing."""
 
 import errno
+import gzip
 import io
 import json
 import os
 import tracemalloc
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def test_an_array_is_read_whatever_its_layout(tmp_path: Path, indent: int | None
     source = array(tmp_path, b"\xef\xbb\xbf\n " + json.dumps([VISCOT] * 5000, indent=indent).encode() + b"\n")
     assert [row.row for row in read_source(source)] == list(range(1, 5001))
     assert count_rows(source) == 5000
-    with pytest.raises(InputError, match="training data must have rows"):
+    with pytest.raises(InputError, match=r"^data must have rows"):
         list(read_source(array(tmp_path, "[\n]")))
 
 
@@ -156,6 +158,65 @@ def test_a_broken_array_gives_the_rows_before_and_then_stops(tmp_path: Path, res
     assert isinstance(next(rows), SourceRow)
     with pytest.raises(InputError, match=message):
         next(rows)
+
+
+ROW = json.dumps(VISCOT)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "count"),
+    [
+        (f"[{ROW}{ROW}]", "row 1 is followed by '{'", 1),
+        (f"[{ROW} {ROW}]", "row 1 is followed by '{'", 1),
+        (f"[{ROW}", "row 1 is followed by nothing", 1),
+        (f"[{ROW},{ROW}\n", "row 2 is followed by nothing", 2),
+        (f"[{ROW},", "row 2 is no JSON", 1),
+        (f"[{ROW},]", "row 2 is no JSON", 1),
+        (f"[{ROW},,{ROW}]", "row 2 is no JSON", 1),
+        (f"[,{ROW}]", "row 1 is no JSON", 0),
+        ("[", "row 1 is no JSON", 0),
+        (f"[{ROW}]garbage", "must end with its JSON array, but 'g' follows", 1),
+        (f"[{ROW}]\n[{ROW}]", "must end with its JSON array, but '\\[' follows", 1),
+        (f"[{ROW}]{' ' * 3_000_000}]", "must end with its JSON array, but '\\]' follows", 1),
+        (f"[{ROW}{' ' * 3_000_000}{ROW}]", "row 1 is followed by '{'", 1),
+        ("[]x", "must end with its JSON array, but 'x' follows", 0),
+    ],
+)
+def test_an_array_that_is_not_whole_is_refused(tmp_path: Path, text: str, message: str, count: int) -> None:
+    source = array(tmp_path, text)
+    rows = read_source(source)
+    assert [isinstance(row, SourceRow) for row in islice(rows, count)] == [True] * count
+    with pytest.raises(InputError, match=rf"d\.json .*{message}"):
+        next(rows)
+    with pytest.raises(InputError, match=message):
+        count_rows(source)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_an_array_is_read_the_same_whatever_is_read_at_once(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers too, which are rows of a wrong form, but whole ones: 12 is not 1 and 2."""
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    source = array(tmp_path, f" \n[ {ROW},12 , -3,{ROW},true, 7]\n ")
+    found = list(read_source(source))
+    assert [isinstance(row, SourceRow) for row in found] == [True, False, False, True, False, False]
+    assert count_rows(source) == 6
+    with pytest.raises(InputError, match=r"row 1 is followed by '\{'"):
+        list(read_source(array(tmp_path, f"[{ROW}{ROW}]")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "viscot_363k"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be", "gzip"])
+def test_a_file_that_is_no_utf_8_is_refused_as_a_whole(tmp_path: Path, kind: Any, encoding: str) -> None:
+    text = f"\ufeff[{ROW}]" if encoding.endswith("-be") else f"[{ROW}]"
+    save(tmp_path / "d", gzip.compress(text.encode()) if encoding == "gzip" else text.encode(encoding))
+    source = FileData(kind=kind, path=str(tmp_path / "d"))
+    name = encoding[:6].upper() if encoding != "gzip" else "gzip"
+    reader = ImageReader(str(tmp_path), 1000)
+    for read in (count_rows, lambda source: list(read_source(source)), lambda source: source_digest(source, reader)):
+        with pytest.raises(InputError, match=f"/d must be UTF-8, got .*{name}"):
+            read(source)
 
 
 @pytest.mark.parametrize("text", ['{"data": []}', "hello"])
@@ -245,6 +306,24 @@ def test_a_lost_server_is_no_broken_parquet(tmp_path: Path, monkeypatch: pytest.
     assert not isinstance(error.value, InputError)
 
 
+def test_a_column_with_a_dot_in_its_name_is_named_whole(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [GOOD | {"x.y": 1, "z": {"a": 1, "b": 2}}])
+    (row,) = read_source(FileData(kind="parquet", path=str(tmp_path / "t.parquet")))
+    assert isinstance(row, SourceRow)
+    assert row.dropped == ("x.y", "z")
+
+
+def test_a_linked_parquet_file_gives_its_images(tmp_path: Path) -> None:
+    """Caches of downloads keep files so; that the file is read was said in the configuration, not by a row."""
+    write_parquet(tmp_path / "blobs" / "t", [{"id": "a", "image": png(), "question": "what?"}])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "t.parquet").symlink_to(tmp_path / "blobs" / "t")
+    source = FileData(kind="parquet", path=str(tmp_path / "data" / "t.parquet"))
+    (row,) = read_source(source)
+    assert isinstance(row, SourceRow)
+    assert import_row(row, ImageReader(image_root(source), 10_000), decode=True).problem is None
+
+
 # --- files --------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +354,7 @@ def test_rows_without_ids_are_named_after_their_files(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_such_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"training data of kind parquet must be \.parquet files, got none in"):
+    with pytest.raises(InputError, match=r"^data of kind parquet must be \.parquet files, got none in"):
         list(read_source(FileData(kind="parquet", path=str(tmp_path))))
 
 
@@ -291,7 +370,7 @@ def test_data_without_rows_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "t.parquet", [], pa.schema([("image", pa.string()), ("question", pa.string())]))
     parquet = FileData(kind="parquet", path=str(tmp_path / "t.parquet"))
     for source in (jsonl(tmp_path, ["  "]), parquet, array(tmp_path, " ")):
-        with pytest.raises(InputError, match=r"training data must have rows, but .* is empty"):
+        with pytest.raises(InputError, match=r"^data must have rows, but .* is empty"):
             list(read_source(source))
 
 
@@ -323,7 +402,9 @@ def test_the_small_world_is_drawn_once(tmp_path: Path) -> None:
         ({"image": "missing.png"}, "image missing.png must exist"),
         ({"image": "text.png"}, "image text.png must be an image"),
         ({"image": "../a.png"}, "must stay inside"),
-        ({"image": ""}, "must be a file"),
+        ({"image": ""}, "image must be a path or one of"),
+        ({"image": "foo://x/y.png"}, "image must be a path or one of"),
+        ({"image": "http://127.0.0.1:1/x.png"}, "image http://127.0.0.1:1/x.png must be reachable"),
         ({"image": "a.png/b.png"}, "must be a file"),
         ({"image": "a\0.png"}, "must be a path"),
         ({"detail_image": "missing.png"}, "image missing.png must exist"),
@@ -345,10 +426,11 @@ def test_a_lost_server_is_no_fault_of_the_row(tmp_path: Path, monkeypatch: pytes
         raise StoreUnavailableError("gone")
 
     monkeypatch.setattr(images_module, "read_bytes", lost)
-    (row,) = read_source(jsonl(tmp_path, [GOOD]))
-    assert isinstance(row, SourceRow)
-    with pytest.raises(StoreUnavailableError):
-        import_row(row, ImageReader(str(tmp_path), 1000), decode=True)
+    for uri in ("a.png", "s3://bucket/a.png", "lakefs://repository/main/a.png"):
+        (row,) = read_source(jsonl(tmp_path, [GOOD | {"image": uri}]))
+        assert isinstance(row, SourceRow)
+        with pytest.raises(StoreUnavailableError):
+            import_row(row, ImageReader(str(tmp_path), 1000), decode=True)
 
 
 def test_a_region_is_given_as_it_is_and_not_judged(tmp_path: Path) -> None:
@@ -399,6 +481,14 @@ def test_the_digest_sees_an_image_that_appears(tmp_path: Path) -> None:
     assert source_digest(source, reader) != before
 
 
+def test_the_digest_passes_over_images_that_cannot_be_there(tmp_path: Path) -> None:
+    uris = ["foo://x/y.png", "gs://x/y.png", "simplecache::file:///a", "http://127.0.0.1:1/x.png", "a\0", "", "\x1b"]
+    uris += [f"a.parquet#row={'9' * 5000}&column=image&index=0", "x#row=0&column=image&index=0", "s3://BAD BUCKET/x"]
+    rows = [GOOD | {"image": uri} for uri in uris]
+    reader = ImageReader(str(tmp_path), 1000)
+    assert source_digest(jsonl(tmp_path, rows), reader) != source_digest(jsonl(tmp_path, rows[1:]), reader)
+
+
 def test_the_digest_of_parquet_sees_rows_but_reads_no_embedded_image(tmp_path: Path, counted: type[Counted]) -> None:
     path = tmp_path / "t.parquet"
     reader = ImageReader(str(tmp_path), 1000)
@@ -444,6 +534,14 @@ def test_evaluation_rows_have_answers_and_may_have_regions(tmp_path: Path) -> No
         ({"id": None}, "row must have id, image, question and answer; id missing"),
         ({"answer": None}, "answer missing"),
         ({"answer": " "}, "answer must not be empty"),
+        ({"answer": ""}, "answer must not be empty"),
+        ({"answer": True}, "answer must be a text or a finite number, got bool"),
+        ({"answer": float("nan")}, "answer must be a text or a finite number, got float"),
+        ({"answer": float("-inf")}, "answer must be a text or a finite number, got float"),
+        ({"answer": ["x"]}, "answer must be a text or a finite number, got list"),
+        ({"answer": {"a": 1}}, "answer must be a text or a finite number, got dict"),
+        ({"id": " "}, "id must not be blank"),
+        ({"region": [0, 0, float("inf"), 1]}, "region must be finite numbers"),
         ({"answer": "\ud800"}, "must be valid Unicode"),
         ({"question": " "}, "question must not be empty"),
         ({"question": "what <image>?"}, "must not hold special tokens of the models, got '<image>'"),
@@ -459,11 +557,33 @@ def test_a_bad_evaluation_row_is_named_and_stops(tmp_path: Path, changes: Any, r
     assert reason in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"), [("7", "7"), (" a b ", " a b "), (-7, "-7"), (7.5, "7.5"), (10**400, None)]
+)
+def test_texts_and_finite_numbers_are_answers(tmp_path: Path, answer: Any, text: str | None) -> None:
+    (sample,) = evaluate(tmp_path, [QUESTION | {"answer": answer}])
+    assert sample.answer == (text or str(answer))
+
+
 def test_evaluation_data_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="evaluation data must have rows"):
         evaluate(tmp_path, [" "])
     with pytest.raises(InputError, match="no such file"):
         import_evaluation(str(tmp_path / "no"), ImageReader(str(tmp_path), 1), reserved=(), advance=lambda count: None)
+
+
+def test_ids_and_field_names_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    escape = "\x1b[31mRED\x1b[2J"
+    rows = [{"id": escape, "image": 7, "question": "?"}, GOOD | {escape: 1, "\ud800": 1}]
+    bad, good = read_source(jsonl(tmp_path, rows))
+    assert isinstance(bad, BadRow)
+    assert isinstance(good, SourceRow)
+    assert bad.id == r"\x1b[31mRED\x1b[2J"
+    assert good.dropped == (r"\ud800", r"\x1b[31mRED\x1b[2J")
+    text = name_bad_rows([BadRow(row=1, id=escape + "x" * 1000, reason=f"it is {escape}")])
+    assert text.isprintable()
+    assert text.endswith(r": it is \x1b[31mRED\x1b[2J")
+    assert len(text) < 150
 
 
 def test_of_many_bad_rows_the_first_are_named() -> None:

@@ -1,5 +1,9 @@
 """The store keeps what was committed, whole and unchanged, or does not have it."""
 
+import errno
+import os
+import resource
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,3 +196,54 @@ def test_a_store_made_anew_has_another_identity(tmp_path: Path) -> None:
     assert Store(str(tmp_path / "store"), tmp_path / "work").identity == first
     (tmp_path / "store" / "store.json").unlink()
     assert Store(str(tmp_path / "store"), tmp_path / "work").identity != first
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [("file", "File exists"), ("file/store", "Not a directory"), ("/proc/nostore", "No such file or directory")],
+)
+def test_a_store_that_cannot_be_made_is_one_clear_error(tmp_path: Path, url: str, problem: str) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(str(tmp_path / url), tmp_path / "work")
+    with pytest.raises(
+        StoreError, match=rf"^store\.url must be a folder that can be written, got {tmp_path / url}: {problem};"
+    ):
+        _ = store.identity
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_store_that_may_not_be_written_is_one_clear_error(tmp_path: Path, used_before: bool) -> None:
+    # Not below tmp_path, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        if used_before:
+            _ = Store(folder, tmp_path / "work").identity
+        store = Store(folder, tmp_path / "work")
+        os.chmod(folder, 0o555)
+        user = os.geteuid()
+        if user == 0:
+            # The superuser may write everywhere.
+            os.seteuid(65534)
+        try:
+            with pytest.raises(StoreError, match=f"can be written, got {folder}: Permission denied"):
+                _ = store.identity
+        finally:
+            os.seteuid(user)
+        os.chmod(folder, 0o755)
+
+
+def test_what_can_pass_on_a_local_disk_stays_as_it_is(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"), tmp_path / "work")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            _ = store.identity
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.errno == errno.EMFILE
+    assert not isinstance(caught.value, StoreError)
+
+
+def test_a_local_store_that_was_only_asked_has_its_name_alone(tmp_path: Path) -> None:
+    _ = Store(str(tmp_path / "store"), tmp_path / "work").identity
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["store.json"]
