@@ -119,8 +119,11 @@ def make_lake(
 
 
 @pytest.fixture
-def lake(make_lake: Callable[[], Lake]) -> Lake:
-    return make_lake()
+def lake(make_lake: Callable[[], Lake], gateway: tuple[LakeFSStandIn, LakeFSGateway]) -> Iterator[Lake]:
+    made = make_lake()
+    yield made
+    # The front looks through all repositories at each change.
+    del gateway[0].repositories[made.name]
 
 
 @dataclass
