@@ -1,20 +1,14 @@
 """Rows of a dataset, one at a time. Only the fields that its format names enter: an answer is dropped at this door."""
 
 import hashlib
-import io
-import json
 import math
-import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
-from tasks.adapters.files import filesystem, open_file, patiently
 from tasks.adapters.formats import (
     FORMATS,
     BoxFormat,
@@ -27,7 +21,8 @@ from tasks.adapters.formats import (
     shown,
     to_pixels,
 )
-from tasks.adapters.images import ImageReader, embedded_uri, open_parquet, stays_inside
+from tasks.adapters.images import ImageReader
+from tasks.adapters.row_files import count_of, files_of, is_folder, lines_of, opened, rows_of, suffix_of
 from tasks.artifacts import KEY_LENGTH, BadRow, EvaluationSample, ImageRef, ImportedRow, digest_json
 from tasks.config import FileData, SmallWorldData
 from tasks.ports import Advance
@@ -39,18 +34,8 @@ NUM_NAMED = 5
 """Bad rows that a message names; all of them stand in the quarantine table."""
 
 _CHUNK = 1 << 20
-_MAX_ROW = 1 << 26
-"""Characters of one row of a JSON array; beyond, the array is taken for broken, so that it is not read whole."""
 _BATCH_ROWS = 1024
 _STAT_THREADS = 16
-_SPACE = re.compile(r"[ \t\n\r]*")
-_NOT_UTF_8 = {
-    b"\xff\xfe": "UTF-16 or UTF-32",
-    b"\xfe\xff": "UTF-16",
-    b"\x00\x00\xfe\xff": "UTF-32",
-    b"\x1f\x8b": "gzip",
-}
-"""What a text file is that begins so."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +87,7 @@ def image_root(source: FileData) -> str:
     """Give the folder or URL that relative image paths count from."""
     if source.image_root is not None:
         return source.image_root
-    return source.path if _is_folder(source.path) else folder_of(source.path)
+    return source.path if is_folder(source.path) else folder_of(source.path)
 
 
 def folder_of(path: str) -> str:
@@ -120,11 +105,11 @@ def read_source(source: FileData) -> Iterator[SourceRow | BadRow]:
         InputError: a file is missing, has no rows, or is broken so that its rows cannot be told apart.
     """
     form = FORMATS[source.kind]
-    files = _files(source)
+    files = files_of(source)
     before = 0
     for url in files:
         number, name = 0, PurePosixPath(url)
-        for number, value in _rows(url, form, source):
+        for number, value in rows_of(url, form, image_root(source)):
             try:
                 yield _source_row(value, form, source, before + number, f"{name.stem}:{number}")
             except InputError as error:
@@ -182,7 +167,7 @@ def import_row(row: SourceRow, images: ImageReader, *, decode: bool) -> Imported
 
 def count_rows(source: FileData) -> int:
     """Count the rows of a dataset, good or bad: from Parquet's metadata, else by one pass over the file."""
-    return sum(_count(url, FORMATS[source.kind]) for url in _files(source))
+    return sum(count_of(url, FORMATS[source.kind]) for url in files_of(source))
 
 
 def source_digest(source: FileData, images: ImageReader) -> str:
@@ -195,9 +180,9 @@ def source_digest(source: FileData, images: ImageReader) -> str:
         InputError: as `read_source`.
     """
     state = hashlib.sha256()
-    for url in _files(source):
-        if _suffix(url, FORMATS[source.kind]) != ".parquet":
-            with _opened(url) as file:
+    for url in files_of(source):
+        if suffix_of(url, FORMATS[source.kind]) != ".parquet":
+            with opened(url) as file:
                 while chunk := file.read(_CHUNK):
                     state.update(chunk)
     seen: set[str] = set()
@@ -240,7 +225,7 @@ def import_evaluation(
     """
     samples: dict[str, EvaluationSample] = {}
     bad: list[BadRow] = []
-    for number, value in _lines(path):
+    for number, value in lines_of(path):
         try:
             sample = _evaluation_sample(value, images, reserved)
             if sample.id in samples:
@@ -354,202 +339,3 @@ def _require_unicode(*texts: str) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError("text must be valid Unicode, but half of a surrogate pair is in it") from error
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def _is_folder(path: str) -> bool:
-    fs, inner = filesystem(path)
-    return bool(patiently(lambda: fs.isdir(inner), path))
-
-
-def _files(source: FileData) -> list[str]:
-    if not _is_folder(source.path):
-        return [source.path]
-    fs, inner = filesystem(source.path)
-    suffix = FORMATS[source.kind].suffix
-    names = sorted(PurePosixPath(name).name for name in patiently(lambda: fs.ls(inner, detail=False), source.path))
-    names = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
-    if not names:
-        raise InputError(f"data of kind {source.kind} must be {suffix} files, got none in {source.path}")
-    return [f"{source.path.rstrip('/')}/{name}" for name in names]
-
-
-def _suffix(url: str, form: Format) -> str:
-    suffix = PurePosixPath(url).suffix
-    return suffix if suffix in (".jsonl", ".json", ".parquet") else form.suffix
-
-
-def _rows(url: str, form: Format, source: FileData) -> Iterator[tuple[int, Any]]:
-    """Give the rows of a file with their numbers, from 1; an InputError stands for one that cannot be read."""
-    suffix = _suffix(url, form)
-    if suffix == ".parquet":
-        return _parquet_rows(url, form, image_root(source))
-    return _array_rows(url) if suffix == ".json" else _lines(url)
-
-
-def _count(url: str, form: Format) -> int:
-    if _suffix(url, form) == ".parquet":
-        with _existing(url), open_parquet(url) as parquet:
-            return int(parquet.metadata.num_rows)
-    if _suffix(url, form) == ".json":
-        return sum(1 for _ in _array_rows(url))
-    with _opened(url) as file:
-        return sum(1 for line in file if line.strip())
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[BinaryIO]:
-    with _existing(url), open_file(url) as file:
-        start = file.read(4)
-        for mark, name in _NOT_UTF_8.items():
-            if start.startswith(mark):
-                raise InputError(f"{url} must be UTF-8, got {name}; convert it, or unpack it")
-        file.seek(0)
-        yield file
-
-
-@contextmanager
-def _existing(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"data must be a file or a folder of files, but there is no such file: {url}") from error
-
-
-def _lines(url: str) -> Iterator[tuple[int, Any]]:
-    with _opened(url) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, InputError(f"row must be a JSON object, but it is no JSON: {error}")
-
-
-def _array_rows(url: str) -> Iterator[tuple[int, Any]]:
-    """Read the rows of one JSON array, holding little more than one of them."""
-    number = 0
-    with _opened(url) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
-        text = _JsonText(file)
-        try:
-            if not (mark := text.next_mark()):
-                return
-            if mark != "[":
-                raise InputError(f"{url} must be a JSON array of rows, but it begins with {mark!r}")
-            text.pass_mark()
-            more = text.next_mark() != "]"
-            while more:
-                try:
-                    value = text.value()
-                except ValueError as error:
-                    raise InputError(
-                        f"{url} must be a whole JSON array, but row {number + 1} is no JSON: {error}; mend the file"
-                    ) from error
-                number += 1
-                yield number, value
-                mark = text.next_mark()
-                if mark not in ("]", ","):
-                    raise InputError(
-                        f"{url} must be a whole JSON array, but row {number} is followed by "
-                        f"{repr(mark) if mark else 'nothing'}; mend the file"
-                    )
-                if more := mark == ",":
-                    text.pass_mark()
-                    text.next_mark()
-            text.pass_mark()
-            if mark := text.next_mark():
-                raise InputError(f"{url} must end with its JSON array, but {mark!r} follows; mend the file")
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise InputError(f"{url} must be JSON in UTF-8, but row {number + 1} is not: {error}") from error
-
-
-class _JsonText:
-    """Reads JSON marks and values from a text, which is held in part."""
-
-    def __init__(self, file: io.TextIOBase) -> None:
-        self._file = file
-        self._buffer, self._position = "", 0
-
-    def next_mark(self) -> str:
-        """Go to the next character that is no white space, and give it; nothing at the end."""
-        while True:
-            space = _SPACE.match(self._buffer, self._position)
-            assert space is not None, "the pattern matches nothing, too"
-            self._position = space.end()
-            if self._position < len(self._buffer):
-                return self._buffer[self._position]
-            self._buffer, self._position = self._file.read(_CHUNK), 0
-            if not self._buffer:
-                return ""
-
-    def pass_mark(self) -> None:
-        self._position += 1
-
-    def value(self) -> Any:
-        """Give the value that begins here, and go behind it; a ValueError says that it is none."""
-        while True:
-            broken: ValueError | None = None
-            try:
-                value, end = json.JSONDecoder().raw_decode(self._buffer, self._position)
-            except UnicodeDecodeError:
-                raise
-            except ValueError as error:
-                broken, value, end = error, None, len(self._buffer)
-            # What ends where the chunk ends, or breaks, may go on in the next one.
-            in_reach = len(self._buffer) - self._position <= _MAX_ROW
-            more = self._file.read(_CHUNK) if end == len(self._buffer) and in_reach else ""
-            if not more:
-                if broken is not None:
-                    raise broken
-                self._position = end
-                return value
-            self._buffer, self._position = self._buffer[self._position :] + more, 0
-
-
-def _parquet_rows(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]]:
-    """Read the columns that the format names; embedded images are named, not read."""
-    number = 0
-    with _existing(url), open_parquet(url) as parquet:
-        leaves = [parquet.schema.column(index) for index in range(len(parquet.schema))]
-        names = dict.fromkeys(parquet.schema_arrow.names)
-        bytes_of = {
-            leaf.path.split(".")[0]: index
-            for index, leaf in enumerate(leaves)
-            if leaf.path.split(".")[0] in form.images
-            and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")
-        }
-        columns = [
-            leaf.path
-            for index, leaf in enumerate(leaves)
-            if leaf.path.split(".")[0] in form.fields and index not in bytes_of.values()
-        ]
-        file = _relative(url, root)
-        for group in range(parquet.num_row_groups):
-            metadata = parquet.metadata.row_group(group)
-            embedding = [name for name, index in bytes_of.items() if not _all_null(metadata.column(index))]
-            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
-                for row in batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]:
-                    for name in embedding:
-                        # Where a column holds nothing but bytes, only reading them would tell how many images, if any.
-                        held = row.get(name, {})
-                        if held is not None:
-                            count = len(held) if isinstance(held, list) else 1
-                            row[name] = [embedded_uri(file, number, name, index) for index in range(count)]
-                    number += 1
-                    # The columns that were not read are named, so that it can be told what was left out.
-                    yield number, {**names, **row}
-
-
-def _all_null(column: Any) -> bool:
-    statistics = column.statistics
-    return statistics is not None and statistics.has_null_count and statistics.null_count == column.num_values
-
-
-def _relative(url: str, root: str) -> str:
-    below = f"{root.rstrip('/')}/"
-    if url.startswith(below) and stays_inside(url, root):
-        return url.removeprefix(below)
-    return url if "://" in url else os.path.abspath(url)

@@ -1,13 +1,14 @@
 """Files between this machine and a folder on any fsspec file system: in parts, several at once, checked."""
 
 import hashlib
+import logging
 import os
 import shutil
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tasks.adapters.files import StoreError, error_code, filesystem, patiently, read_ranges, sha256_file
 from tasks.artifacts import FileEntry
 
+log = logging.getLogger("vzero.transfers")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -148,9 +150,11 @@ class Folder:
                     pass
                 return hashing.result()
         except Exception:
-            # The error that came first is the one to tell.
-            with suppress(Exception):
+            # The error that came first is the one to raise.
+            try:
                 self.fs.rm(self.path, recursive=True)
+            except Exception as error:
+                log.warning("%s is left unfinished (%s); `python -m flows.store gc` collects it", self.url, error)
             raise
 
     def _write_batch(self, batch: list[tuple[str, Path]]) -> None:

@@ -27,6 +27,7 @@ KEYS = {"admin": "admin-secret", "writer": "writer-secret", "reader": "reader-se
 """Access key and secret of who may do all, who may read and write the bucket, and who may only read it."""
 
 
+_PROBE = f"{BUCKET}/ready"
 _PARTS = ("master", "volume", "filer", "admin", "s3")
 _PORTS = (*(f"{part}.port.grpc" for part in _PARTS), *(f"{part}.port" for part in _PARTS))
 
@@ -65,7 +66,11 @@ class SeaweedServer:
         deadline = time.monotonic() + START_TIMEOUT
         while True:
             try:
-                self.client().call_s3("head_bucket", Bucket=BUCKET)
+                probe = self.client()
+                # What was written before must be readable again: the bucket is there before its volumes are.
+                if not probe.exists(_PROBE):
+                    probe.pipe_file(_PROBE, b"ready")
+                probe.cat_file(_PROBE)
                 return
             except Exception as error:
                 log_end = (self._folder / "log").read_text(errors="replace")[-2000:]

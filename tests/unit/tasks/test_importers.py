@@ -16,7 +16,7 @@ from PIL import Image
 from support.formats import SECRET, WRITERS, png, save, write_jsonl, write_parquet
 
 from tasks.adapters import images as images_module
-from tasks.adapters import importers as module
+from tasks.adapters import row_files as module
 from tasks.adapters.files import StoreUnavailableError
 from tasks.adapters.images import ImageReader
 from tasks.adapters.importers import (

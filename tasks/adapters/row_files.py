@@ -1,0 +1,239 @@
+"""Files of rows: JSONL, JSON arrays and Parquet, read a part at a time, wherever they lie."""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from tasks.adapters.files import filesystem, open_file, patiently
+from tasks.adapters.formats import FORMATS, Format
+from tasks.adapters.images import embedded_uri, open_parquet, stays_inside
+from tasks.config import FileData
+from vzero_core.errors import InputError
+
+_CHUNK = 1 << 20
+_MAX_ROW = 1 << 26
+"""Characters of one row of a JSON array; beyond, the array is taken for broken, so that it is not read whole."""
+_BATCH_ROWS = 1024
+_SPACE = re.compile(r"[ \t\n\r]*")
+_NOT_UTF_8 = {
+    b"\xff\xfe": "UTF-16 or UTF-32",
+    b"\xfe\xff": "UTF-16",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\x1f\x8b": "gzip",
+}
+"""What a text file is that begins so."""
+
+
+def is_folder(path: str) -> bool:
+    """Tell whether a path or URL is a folder."""
+    fs, inner = filesystem(path)
+    return bool(patiently(lambda: fs.isdir(inner), path))
+
+
+def files_of(source: FileData) -> list[str]:
+    """Give the files of a dataset, by name.
+
+    Raises:
+        InputError: a folder has none of the format.
+    """
+    if not is_folder(source.path):
+        return [source.path]
+    fs, inner = filesystem(source.path)
+    suffix = FORMATS[source.kind].suffix
+    names = sorted(PurePosixPath(name).name for name in patiently(lambda: fs.ls(inner, detail=False), source.path))
+    names = [name for name in names if name.endswith(suffix) and not name.startswith(".")]
+    if not names:
+        raise InputError(f"data of kind {source.kind} must be {suffix} files, got none in {source.path}")
+    return [f"{source.path.rstrip('/')}/{name}" for name in names]
+
+
+def suffix_of(url: str, form: Format) -> str:
+    """Give the suffix that says how a file is read."""
+    suffix = PurePosixPath(url).suffix
+    return suffix if suffix in (".jsonl", ".json", ".parquet") else form.suffix
+
+
+def rows_of(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]]:
+    """Give the rows of a file with their numbers, from 1; an InputError stands for one that cannot be read."""
+    suffix = suffix_of(url, form)
+    if suffix == ".parquet":
+        return _parquet_rows(url, form, root)
+    return _array_rows(url) if suffix == ".json" else lines_of(url)
+
+
+def count_of(url: str, form: Format) -> int:
+    """Give the number of rows of a file, good or bad."""
+    if suffix_of(url, form) == ".parquet":
+        with _existing(url), open_parquet(url) as parquet:
+            return int(parquet.metadata.num_rows)
+    if suffix_of(url, form) == ".json":
+        return sum(1 for _ in _array_rows(url))
+    with opened(url) as file:
+        return sum(1 for line in file if line.strip())
+
+
+@contextmanager
+def opened(url: str) -> Iterator[BinaryIO]:
+    """Open a text file.
+
+    Raises:
+        InputError: it is missing, or not UTF-8.
+    """
+    with _existing(url), open_file(url) as file:
+        start = file.read(4)
+        for mark, name in _NOT_UTF_8.items():
+            if start.startswith(mark):
+                raise InputError(f"{url} must be UTF-8, got {name}; convert it, or unpack it")
+        file.seek(0)
+        yield file
+
+
+@contextmanager
+def _existing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"data must be a file or a folder of files, but there is no such file: {url}") from error
+
+
+def lines_of(url: str) -> Iterator[tuple[int, Any]]:
+    """Give the rows of a JSONL file with their numbers, from 1; an InputError stands for one that is no JSON."""
+    with opened(url) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, InputError(f"row must be a JSON object, but it is no JSON: {error}")
+
+
+def _array_rows(url: str) -> Iterator[tuple[int, Any]]:
+    """Read the rows of one JSON array, holding little more than one of them."""
+    number = 0
+    with opened(url) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig") as file:
+        text = _JsonText(file)
+        try:
+            if not (mark := text.next_mark()):
+                return
+            if mark != "[":
+                raise InputError(f"{url} must be a JSON array of rows, but it begins with {mark!r}")
+            text.pass_mark()
+            more = text.next_mark() != "]"
+            while more:
+                try:
+                    value = text.value()
+                except ValueError as error:
+                    raise InputError(
+                        f"{url} must be a whole JSON array, but row {number + 1} is no JSON: {error}; mend the file"
+                    ) from error
+                number += 1
+                yield number, value
+                mark = text.next_mark()
+                if mark not in ("]", ","):
+                    raise InputError(
+                        f"{url} must be a whole JSON array, but row {number} is followed by "
+                        f"{repr(mark) if mark else 'nothing'}; mend the file"
+                    )
+                if more := mark == ",":
+                    text.pass_mark()
+                    text.next_mark()
+            text.pass_mark()
+            if mark := text.next_mark():
+                raise InputError(f"{url} must end with its JSON array, but {mark!r} follows; mend the file")
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{url} must be JSON in UTF-8, but row {number + 1} is not: {error}") from error
+
+
+class _JsonText:
+    """Reads JSON marks and values from a text, which is held in part."""
+
+    def __init__(self, file: io.TextIOBase) -> None:
+        self._file = file
+        self._buffer, self._position = "", 0
+
+    def next_mark(self) -> str:
+        """Go to the next character that is no white space, and give it; nothing at the end."""
+        while True:
+            space = _SPACE.match(self._buffer, self._position)
+            assert space is not None, "the pattern matches nothing, too"
+            self._position = space.end()
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
+            self._buffer, self._position = self._file.read(_CHUNK), 0
+            if not self._buffer:
+                return ""
+
+    def pass_mark(self) -> None:
+        self._position += 1
+
+    def value(self) -> Any:
+        """Give the value that begins here, and go behind it; a ValueError says that it is none."""
+        while True:
+            broken: ValueError | None = None
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._buffer, self._position)
+            except UnicodeDecodeError:
+                raise
+            except ValueError as error:
+                broken, value, end = error, None, len(self._buffer)
+            # What ends where the chunk ends, or breaks, may go on in the next one.
+            in_reach = len(self._buffer) - self._position <= _MAX_ROW
+            more = self._file.read(_CHUNK) if end == len(self._buffer) and in_reach else ""
+            if not more:
+                if broken is not None:
+                    raise broken
+                self._position = end
+                return value
+            self._buffer, self._position = self._buffer[self._position :] + more, 0
+
+
+def _parquet_rows(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]]:
+    """Read the columns that the format names; embedded images are named, not read."""
+    number = 0
+    with _existing(url), open_parquet(url) as parquet:
+        leaves = [parquet.schema.column(index) for index in range(len(parquet.schema))]
+        names = dict.fromkeys(parquet.schema_arrow.names)
+        bytes_of = {
+            leaf.path.split(".")[0]: index
+            for index, leaf in enumerate(leaves)
+            if leaf.path.split(".")[0] in form.images
+            and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")
+        }
+        columns = [
+            leaf.path
+            for index, leaf in enumerate(leaves)
+            if leaf.path.split(".")[0] in form.fields and index not in bytes_of.values()
+        ]
+        file = _relative(url, root)
+        for group in range(parquet.num_row_groups):
+            metadata = parquet.metadata.row_group(group)
+            embedding = [name for name, index in bytes_of.items() if not _all_null(metadata.column(index))]
+            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                for row in batch.to_pylist() if columns else [{} for _ in range(batch.num_rows)]:
+                    for name in embedding:
+                        # Where a column holds nothing but bytes, only reading them would tell how many images, if any.
+                        held = row.get(name, {})
+                        if held is not None:
+                            count = len(held) if isinstance(held, list) else 1
+                            row[name] = [embedded_uri(file, number, name, index) for index in range(count)]
+                    number += 1
+                    # The columns that were not read are named, so that it can be told what was left out.
+                    yield number, {**names, **row}
+
+
+def _all_null(column: Any) -> bool:
+    statistics = column.statistics
+    return statistics is not None and statistics.has_null_count and statistics.null_count == column.num_values
+
+
+def _relative(url: str, root: str) -> str:
+    below = f"{root.rstrip('/')}/"
+    if url.startswith(below) and stays_inside(url, root):
+        return url.removeprefix(below)
+    return url if "://" in url else os.path.abspath(url)
