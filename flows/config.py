@@ -24,6 +24,7 @@ from tasks.config import (
     SamplingConfig,
     Settings,
     StoreConfig,
+    VLLMEngine,
 )
 from vzero_core.config import (
     ForwardKLTopKLoss,
@@ -39,6 +40,7 @@ from vzero_core.config import (
 from vzero_core.errors import ConfigError
 
 PROJECT = Path(__file__).parents[1]
+MAX_VLLM_TEMPERATURE = 2.0
 
 
 class RunConfig(Settings):
@@ -99,6 +101,16 @@ class RunConfig(Settings):
             raise ValueError(
                 f"rounds.num_shards must be at most rounds.prompts_per_round, got {self.rounds.num_shards} "
                 f"and {self.rounds.prompts_per_round}"
+            )
+        if self.optimizer.importance_cap is not None and isinstance(self.loss, ForwardKLTopKLoss):
+            raise ValueError(
+                "optimizer.importance_cap must be left out with loss.kind forward_kl_topk, which does not depend on "
+                "the sampled token; choose another loss or no cap"
+            )
+        if isinstance(self.student.engine, VLLMEngine) and self.sampling.temperature > MAX_VLLM_TEMPERATURE:
+            raise ValueError(
+                f"sampling.temperature must be at most {MAX_VLLM_TEMPERATURE:g} on vLLM, "
+                f"got {self.sampling.temperature:g}; lower it"
             )
         return self
 

@@ -8,34 +8,38 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.config import PROJECT, RunConfig, load_config
 from flows.data import all_have_regions, both_views, evaluation_questions, validated_samples, with_regions
 from flows.garbage import NUM_KEPT_STATES
+from flows.round import train_round
 from flows.run import fingerprint, open_run
 from flows.server import prefect_server
-from flows.summary import RunResult, print_result, scores_of, show_round, stage_times
+from flows.summary import RunResult, print_result, scores_of, stage_times
 from flows.terminal import show_on_terminal
 from tasks.adapters.models import model_digest, model_folder
-from tasks.adapters.training_data import CheckpointJob, TrainJob
+from tasks.adapters.training_data import CheckpointJob
 from tasks.artifacts import ArtifactRef, Role
 from tasks.check_models import CheckModelsJob, ModelJob, check_models, model
 from tasks.commit_outputs import CommitOutputsJob, commit_outputs
 from tasks.data_docs import DATA_DOCS
 from tasks.evaluate import EvaluateJob, evaluate
-from tasks.gate import GateJob, gate
-from tasks.replay import ReplayJob, replay
 from tasks.report import Evaluation, ReportJob, RoundRefs, report
-from tasks.rollouts import RolloutsJob, rollouts
 from tasks.stage import RunContext
-from tasks.train import checkpoint, train
-from vzero_core.config import ForwardKLTopKLoss, ViewConfig, required_views
+from tasks.train import checkpoint
+from vzero_core.config import ViewConfig
 from vzero_core.errors import VZeroError
 
 LAPTOP = RunConfig()
 
 
-@flow(name="vzero", flow_run_name="{config.name}, seed {config.seed}")
+# One thread beside the flow's own: what is submitted goes on while the next shard is sampled, one after the other.
+@flow(
+    name="vzero",
+    flow_run_name="{config.name}, seed {config.seed}",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+)
 def vzero(config: RunConfig = LAPTOP) -> RunResult:
     """Teach the student to see what the teacher sees with the right crop beside the image; no answer is read.
 
@@ -59,7 +63,7 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
         policy, rounds = student, list[RoundRefs]()
         with run.progress("rounds", config.rounds.num_rounds) as advance:
             for number in range(1, config.rounds.num_rounds + 1):
-                done = _round(config, run, number, policy, teacher, views)
+                done = train_round(config, run, number, policy, teacher, views)
                 policy = done.train
                 rounds.append(done)
                 _prune(run, rounds)
@@ -100,71 +104,6 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
             data_docs=run.store.path_of(docs, DATA_DOCS),
             commit=commit,
         )
-
-
-def _round(
-    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, views: ArtifactRef
-) -> RoundRefs:
-    """One round: the student responds, the teacher replays, the gate weighs, the student learns."""
-    sampled, replayed = [], []
-    for shard in range(config.rounds.num_shards):
-        sampled.append(
-            rollouts(
-                RolloutsJob(
-                    policy=policy,
-                    views=views,
-                    prompt=config.prompt,
-                    sampling=config.sampling,
-                    engine=fingerprint(config.student),
-                    seed=config.seed,
-                    round=number,
-                    prompts_per_round=config.rounds.prompts_per_round,
-                    shard=shard,
-                    num_shards=config.rounds.num_shards,
-                ),
-                run,
-            )
-        )
-        replayed.append(
-            replay(
-                ReplayJob(
-                    teacher=teacher,
-                    rollouts=sampled[-1],
-                    views=views,
-                    prompt=config.prompt,
-                    replayed=required_views(config.gate, config.replay.target),
-                    target=config.replay.target,
-                    top_k=config.loss.k if isinstance(config.loss, ForwardKLTopKLoss) else 0,
-                    engine=fingerprint(config.teacher),
-                    round=number,
-                    shard=shard,
-                    num_shards=config.rounds.num_shards,
-                ),
-                run,
-            )
-        )
-    weights = gate(GateJob(replays=tuple(replayed), gate=config.gate, target=config.replay.target, round=number), run)
-    job = TrainJob(
-        policy=policy,
-        samples=views,
-        rollouts=tuple(sampled),
-        replays=tuple(replayed),
-        gate=weights,
-        prompt=config.prompt,
-        target=config.replay.target,
-        loss=config.loss,
-        optimizer=config.optimizer,
-        engine=fingerprint(config.student),
-        seed=config.seed,
-        round=number,
-    )
-    fresh = run.store.find(job.stage, job.key) is None
-    refs = RoundRefs(
-        round=number, rollouts=tuple(sampled), replays=tuple(replayed), gate=weights, train=train(job, run)
-    )
-    if fresh:
-        show_round(run.store, refs)
-    return refs
 
 
 def _name_model(config: RunConfig, run: RunContext, role: Role) -> ArtifactRef:

@@ -15,7 +15,7 @@ from tasks.adapters.images import ImageReader
 from tasks.adapters.importers import folder_of, image_root, locate, source_digest
 from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
-from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig
+from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig, VLLMEngine
 from tasks.ports import DatasetRepo
 from tasks.serve import Engines
 from tasks.stage import RunContext
@@ -39,8 +39,15 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
     _ = store.identity
     max_pixels = config.data.max_image_pixels
     dataset = Dataset(store, ImageReader(image_root(data), max_pixels))
+    terminal = make_terminal()
     engines = Engines(
-        store, dataset, student=config.student, teacher=config.teacher, placement=config.placement, work_dir=work_dir
+        store,
+        dataset,
+        student=config.student,
+        teacher=config.teacher,
+        placement=config.placement,
+        work_dir=work_dir,
+        track=terminal.track,
     )
     with engines:
         yield RunContext(
@@ -50,7 +57,7 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
             dataset=dataset,
             evaluation=Dataset(store, ImageReader(folder_of(data.evaluation_path or ""), max_pixels)),
             engines=engines,
-            terminal=make_terminal(),
+            terminal=terminal,
             checkpoint_every=config.checkpoint.every,
             image_threads=config.placement.image_threads,
         )
@@ -107,7 +114,16 @@ def _pinned(data: FileData, pin: Callable[[str], str]) -> FileData:
 
 
 def fingerprint(model: ModelConfig) -> EngineFingerprint:
-    """Give what computes: part of the key of everything it makes."""
+    """Give what samples and replays: part of the key of everything it makes."""
+    if isinstance(model.engine, VLLMEngine):
+        return EngineFingerprint(
+            engine="vllm", version=model.engine.version, dtype=model.dtype, quantization=model.engine.quantization
+        )
+    return trainer_fingerprint(model)
+
+
+def trainer_fingerprint(model: ModelConfig) -> EngineFingerprint:
+    """Give what trains, which is also the engine in the box: transformers, in the process of the run."""
     return EngineFingerprint(
         engine="transformers",
         version=version("transformers"),

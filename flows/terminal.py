@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,21 +31,25 @@ class ProgressBars:
         )
         self._progress = Progress(*columns, console=console, transient=True)
         self._num_open = 0
+        # A shard is replayed in a thread of its own.
+        self._lock = threading.Lock()
 
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Advance]:
         """Show one item's progress."""
-        if self._num_open == 0:
-            self._progress.start()
-        self._num_open += 1
+        with self._lock:
+            if self._num_open == 0:
+                self._progress.start()
+            self._num_open += 1
         bar = self._progress.add_task(title, total=total)
         try:
             yield lambda count: self._progress.advance(bar, count)
         finally:
             self._progress.remove_task(bar)
-            self._num_open -= 1
-            if self._num_open == 0:
-                self._progress.stop()
+            with self._lock:
+                self._num_open -= 1
+                if self._num_open == 0:
+                    self._progress.stop()
 
 
 class ProgressLines:

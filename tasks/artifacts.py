@@ -205,6 +205,7 @@ class Rollout(Record):
 
     sample_id: str
     index: int = Field(description="Which of the group's responses, from 0.")
+    policy: str = Field(description="Digest of the weights that sampled it.")
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = Field(description="Log-prob of each sampled token under the sampler, nats.")
     text: str

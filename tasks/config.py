@@ -1,9 +1,10 @@
 """Settings of the stages. `flows.config.RunConfig` puts them together; each stage sees its own slice only."""
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from vzero_core.config import Target
 
@@ -81,12 +82,29 @@ class DataConfig(Settings):
     )
 
 
+class InProcessEngine(Settings):
+    """transformers, in the process of the run."""
+
+    kind: Literal["transformers"] = Field(default="transformers", description="The engine in the box.")
+
+
+class VLLMEngine(Settings):
+    """vLLM servers (docs/VLLM.md); where they are says `placement`."""
+
+    kind: Literal["vllm"] = Field(default="vllm", description="vLLM servers.")
+    version: str = Field(description="Version of vLLM, such as 0.32.0; a server of another one is refused.")
+    quantization: str | None = Field(default=None, description="vLLM's --quantization; none: as the model says.")
+
+
 class ModelConfig(Settings):
-    """A Hugging Face model folder."""
+    """A Hugging Face model folder, and what samples from it or replays with it."""
 
     path: str = Field(description="Folder with config.json, safetensors, tokenizer and image processor.")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Arithmetic; in bfloat16, training keeps weights and moments in float32."
+    )
+    engine: Annotated[InProcessEngine | VLLMEngine, Field(discriminator="kind")] = Field(
+        default=InProcessEngine(), description="What samples (student) and replays (teacher); training is in-process."
     )
 
 
@@ -135,6 +153,11 @@ class OptimizerConfig(Settings):
     epochs: int = Field(default=1, ge=1, description="Passes over a round.")
     frozen: tuple[str, ...] = Field(
         default=(), description="Parameters that stay fixed, by shell pattern: 'model.visual.*'."
+    )
+    importance_cap: float | None = Field(
+        default=None,
+        ge=1,
+        description="Token weights: trainer's over sampler's probability, at most this; 2 is usual; none: no weights.",
     )
 
 
@@ -200,15 +223,95 @@ class OutputsConfig(Settings):
     )
 
 
+class ServersConfig(Settings):
+    """Where the vLLM servers of one model are: running already, or started and stopped by the run."""
+
+    urls: tuple[str, ...] = Field(
+        default=(), description="Servers that run already, http://HOST:PORT; none: the run starts its own."
+    )
+    served_name: str = Field(default="vzero", description="Name under which the servers serve the model.")
+    api_key_variable: str | None = Field(
+        default=None, description="Environment variable with the servers' API key; none: they ask for none."
+    )
+    command: tuple[str, ...] = Field(
+        default=("python3", "-m", "vllm.entrypoints.openai.api_server"),
+        min_length=1,
+        description="What starts a server; its flags are added.",
+    )
+    flags: tuple[str, ...] = Field(default=(), description="Further flags; they come last and win.")
+    environment: dict[str, str] = Field(default={}, description="Further environment variables; no secrets.")
+    devices: tuple[str, ...] = Field(default=(), description="GPUs of one server after the other; none: the CPU.")
+    replicas: int = Field(default=1, ge=1, description="How many servers are started.")
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share the weights.")
+    data_parallel: int = Field(default=1, ge=1, description="Copies of the model behind one server.")
+    memory_share: float = Field(default=0.9, gt=0, le=1, description="Share of a GPU's memory that a server takes.")
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="Tokens of prompt and response together; none: as the model says."
+    )
+    max_tokens_in_flight: int = Field(
+        default=65_536, ge=1, description="Tokens of the requests that one server is given at a time."
+    )
+    start_timeout: float = Field(default=900.0, gt=0, description="Seconds until a server must answer.")
+    request_timeout: float = Field(default=600.0, gt=0, description="Seconds after which a request counts as lost.")
+    read_prefix_cache: bool = Field(
+        default=False,
+        description="Replay reads the prompt from the server's cache: faster, not a documented use (docs/VLLM.md).",
+    )
+
+    @field_validator("urls")
+    @classmethod
+    def _are_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/"):
+                raise ValueError(
+                    f"urls must be of the form http://HOST:PORT, got {url!r}; leave out what follows the port"
+                )
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError(f"urls must differ, got {urls}; name each server once")
+        return urls
+
+    @model_validator(mode="after")
+    def _devices_suffice(self) -> Self:
+        needed = self.replicas * self.tensor_parallel * self.data_parallel
+        if self.urls and self.devices:
+            raise ValueError(
+                "devices must be empty where urls are given, whose servers have theirs; remove one of both"
+            )
+        if self.devices and len(self.devices) != needed:
+            raise ValueError(
+                f"devices must be replicas x tensor_parallel x data_parallel = {needed} of them, "
+                f"got {len(self.devices)}; list as many"
+            )
+        if len(set(self.devices)) < len(self.devices):
+            raise ValueError(f"devices must differ, got {self.devices}; name each once")
+        return self
+
+
 class PlacementConfig(Settings):
     """Where and how fast; nothing here changes any result's name."""
 
-    student_device: str = Field(default="cpu", description="Rollouts, evaluation and training.")
-    teacher_device: str = Field(default="cpu", description="Replay.")
+    student_device: str = Field(default="cpu", description="Training; with the engine in the box, rollouts too.")
+    teacher_device: str = Field(default="cpu", description="Replay, with the engine in the box.")
+    student_servers: ServersConfig = Field(default=ServersConfig(), description="Rollouts and evaluation on vLLM.")
+    teacher_servers: ServersConfig = Field(default=ServersConfig(), description="Replay on vLLM.")
     threads: int = Field(default=1, ge=1, description="CPU threads; another number may change the last bits.")
     image_threads: int = Field(default=2, ge=1, description="Threads that decode, hash and cut images.")
     max_batch_tokens: int = Field(default=16_384, ge=1, description="Tokens of a forward batch, padding included.")
     work_dir: str = Field(default=".vzero/work", description="Scratch: data of the small world, current weights.")
+
+    @model_validator(mode="after")
+    def _devices_disjoint(self) -> Self:
+        both = sorted(set(self.student_servers.devices) & set(self.teacher_servers.devices))
+        if both:
+            raise ValueError(f"devices of student_servers and teacher_servers must be disjoint, both have {both}")
+        if self.student_device.startswith("cuda"):
+            trainer = self.student_device.partition(":")[2] or "0"
+            if trainer in (*self.student_servers.devices, *self.teacher_servers.devices):
+                raise ValueError(
+                    f"devices of servers must not be the trainer's, got {self.student_device} and a server on {trainer}"
+                )
+        return self
 
 
 class EngineFingerprint(Settings):
@@ -216,7 +319,7 @@ class EngineFingerprint(Settings):
 
     engine: str
     version: str
-    torch: str
+    torch: str | None = Field(default=None, description="None where the engine's version stands for it.")
     dtype: str
     quantization: str | None = None
 

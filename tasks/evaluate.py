@@ -48,7 +48,7 @@ class EvaluateJob(Job):
 def evaluate(job: EvaluateJob, context: RunContext, folder: Path) -> Outcome:
     """Answer every question greedily and compare with the answer by exact match."""
     samples = context.evaluation.evaluation(job.data)
-    engine = context.engines.student(job.policy) if job.role == "student" else context.engines.teacher()
+    engine = context.engines.student(job.policy) if job.role == "student" else context.engines.teacher(job.policy)
     requests = [
         SamplingRequest(
             prompt=context.engines.renderer.prompt(sample.question, _images(sample, job, context), job.prompt),

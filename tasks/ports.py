@@ -22,7 +22,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """One prompt and the seeds of its responses; each response's randomness is its seed's alone."""
+    """One prompt and the seeds of its responses; their randomness follows from these seeds alone."""
 
     prompt: Prompt
     seeds: tuple[int, ...]
@@ -30,12 +30,17 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled response: its tokens, end-of-turn included, and their log-probs under the sampler."""
+    """A sampled response: its tokens, end-of-turn included, and their log-probs under the sampler.
+
+    Attributes:
+        weights: digest of the weights that sampled it, as the engine names them.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     truncated: bool
+    weights: str | None
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,17 @@ class ResponseScores:
 
     Attributes:
         logprobs: [T] float32; of the response's own tokens.
-        max_logprobs: [T] float32; of the likeliest token at each position.
         topk_ids: [T, K] int64, likeliest first; K is 0 where none was asked for.
         topk_logprobs: [T, K] float32.
+        num_tokens: of prompt and response.
+        num_computed_tokens: how many of them the engine computed for this response, and did not share or remember.
     """
 
     logprobs: torch.Tensor
-    max_logprobs: torch.Tensor
     topk_ids: torch.Tensor
     topk_logprobs: torch.Tensor
+    num_tokens: int
+    num_computed_tokens: int
 
 
 class PolicyEngine(Protocol):

@@ -154,7 +154,7 @@ class Teacher:
         self._detail = lru_cache(maxsize=1)(context.dataset.detail)
         self._renderer = context.engines.renderer
         self._teacher_path = context.engines.teacher_path
-        self._engine = context.engines.teacher()
+        self._engine = context.engines.teacher(job.teacher)
         self._advance = advance
         self.num_passes = 0
 

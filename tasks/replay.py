@@ -47,13 +47,15 @@ def replay(job: ReplayJob, context: RunContext, folder: Path) -> Outcome:
     groups: dict[str, list[Rollout]] = {}
     for row in read_rows(context.store.read(job.rollouts, ROLLOUTS), Rollout):
         groups.setdefault(row.sample_id, []).append(row)
-    engine = context.engines.teacher()
+    engine = context.engines.teacher(job.teacher)
     scores: dict[View, list[list[ResponseScores]]] = {}
     started = time.perf_counter()
     with context.progress(job.title, len(groups) * len(job.replayed)) as advance:
         for view in job.replayed:
             requests = _requests(job, context, view, groups)
-            scores[view] = engine.score(requests, top_k=job.top_k if view == job.target else 0, advance=advance)
+            # Of the target view at least the likeliest token, of the other one the response's own alone.
+            top_k = max(job.top_k, 1) if view == job.target else 0
+            scores[view] = engine.score(requests, top_k=top_k, advance=advance)
     seconds = time.perf_counter() - started
     rows = [
         _row(rollout, {view: scores[view][group][position] for view in job.replayed}, job)
@@ -64,8 +66,19 @@ def replay(job: ReplayJob, context: RunContext, folder: Path) -> Outcome:
     num_tokens = sum(len(row.max_logprobs) for row in rows)
     return Outcome(
         summary={"num_tokens": num_tokens, "mean_logprob": _mean_logprobs(rows)},
-        measured={"tokens_per_second": len(job.replayed) * num_tokens / seconds},
+        measured={
+            "tokens_per_second": len(job.replayed) * num_tokens / seconds,
+            **_num_computed([score for groups in scores.values() for group in groups for score in group]),
+        },
     )
+
+
+def _num_computed(scores: list[ResponseScores]) -> dict[str, float]:
+    """What the prompts cost: tokens with the prompt counted for every response, and those the engine computed."""
+    return {
+        "num_prompted_tokens": sum(score.num_tokens for score in scores),
+        "num_computed_tokens": sum(score.num_computed_tokens for score in scores),
+    }
 
 
 def _requests(job: ReplayJob, context: RunContext, view: View, groups: dict[str, list[Rollout]]) -> list[ReplayRequest]:
@@ -91,7 +104,7 @@ def _row(rollout: Rollout, scores: dict[View, ResponseScores], job: ReplayJob) -
         logprobs_positive=logprobs.get("positive"),
         logprobs_negative=logprobs.get("negative"),
         logprobs_none=logprobs.get("none"),
-        max_logprobs=_floats(target.max_logprobs),
+        max_logprobs=_floats(target.topk_logprobs[:, 0]),
         topk_ids=tuple(tuple(ids) for ids in target.topk_ids.tolist()) if job.top_k else None,
         topk_logprobs=tuple(tuple(values) for values in target.topk_logprobs.tolist()) if job.top_k else None,
     )

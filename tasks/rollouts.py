@@ -66,10 +66,17 @@ def rollouts(job: RolloutsJob, context: RunContext, folder: Path) -> Outcome:
             advance=advance,
         )
     seconds = time.perf_counter() - started
+    others = {response.weights for group in responses for response in group} - {job.policy.digest}
+    if others:
+        raise InputError(
+            f"rollouts must come from the policy {job.policy.digest}, but the engine names {sorted(map(str, others))}; "
+            "let no other run exchange its weights"
+        )
     rows = [
         Rollout(
             sample_id=sample_id,
             index=index,
+            policy=job.policy.digest,
             token_ids=response.token_ids,
             logprobs=response.logprobs,
             text=response.text,

@@ -1,5 +1,8 @@
 """Engines and trainer as resources of one run: started when first needed, stopped by the flow that started them."""
 
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -10,12 +13,18 @@ import torch
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.models import model_folder
 from tasks.adapters.prompts import PromptProcessor
+from tasks.adapters.server_process import sweep
 from tasks.adapters.store import Store
 from tasks.adapters.trainer import Trainer
 from tasks.adapters.training_data import CheckpointJob, TrainJob
 from tasks.adapters.transformers_engine import TransformersEngine
-from tasks.artifacts import ArtifactRef
-from tasks.config import ModelConfig, PlacementConfig
+from tasks.adapters.vllm_engine import VLLMEngine
+from tasks.adapters.vllm_servers import VLLMServers
+from tasks.artifacts import ArtifactRef, Role
+from tasks.config import InProcessEngine, ModelConfig, PlacementConfig
+from tasks.ports import Advance, PolicyEngine
+
+log = logging.getLogger("vzero.serve")
 
 
 class Engines:
@@ -30,17 +39,29 @@ class Engines:
         teacher: ModelConfig,
         placement: PlacementConfig,
         work_dir: Path,
+        track: Callable[[str, int], AbstractContextManager[Advance]],
     ) -> None:
-        """Set where the models are; nothing is loaded yet."""
+        """Set where the models are; nothing is loaded yet.
+
+        Args:
+            store: where weights are read from.
+            dataset: what the trainer reads images from.
+            student: the model that learns.
+            teacher: the model that replays.
+            placement: devices and servers.
+            work_dir: local folder for current weights and servers' logs.
+            track: shows progress, given a title and a total.
+        """
         self._store = store
         self._student_config = student
         self._teacher_config = teacher
         self._placement = placement
         self._work_dir = work_dir
+        self._track = track
         self.student_path = student.path
         self.teacher_path = teacher.path
-        self._student: TransformersEngine | None = None
-        self._teacher: TransformersEngine | None = None
+        self._student: TransformersEngine | VLLMEngine | None = None
+        self._teacher: TransformersEngine | VLLMEngine | None = None
         self.trainer = Trainer(
             store,
             dataset,
@@ -51,14 +72,19 @@ class Engines:
         )
 
     def __enter__(self) -> Self:
-        """Set what holds for the whole process."""
+        """Set what holds for the whole process, and end servers that a killed run left behind."""
         torch.set_num_threads(self._placement.threads)
+        if ended := sweep(self._work_dir):
+            log.warning("ended %d servers that an earlier run had left", ended)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let go of what was started, here and now: tensors freed by another thread at exit abort the process."""
+        for engine in (self._student, self._teacher):
+            if isinstance(engine, VLLMEngine):
+                engine.close()
         self._student = self._teacher = None
         self.trainer.release()
 
@@ -67,31 +93,44 @@ class Engines:
         """Renders the prompts of student and teacher alike."""
         return PromptProcessor(model_folder(self._student_config.path))
 
-    def student(self, policy: ArtifactRef) -> TransformersEngine:
+    def student(self, policy: ArtifactRef) -> PolicyEngine:
         """Give the sampling engine, holding a policy's weights."""
         folder = self._weights(policy)
         if self._student is None:
-            self._student = TransformersEngine(
-                folder,
-                policy.digest,
-                dtype=self._student_config.dtype,
-                device=self._placement.student_device,
-                max_batch_tokens=self._placement.max_batch_tokens,
-            )
+            self._student = self._engine("student", folder, policy.digest)
         self._student.load_weights(folder, policy.digest)
         return self._student
 
-    def teacher(self) -> TransformersEngine:
-        """Give the teacher's engine."""
+    def teacher(self, model: ArtifactRef) -> TransformersEngine | VLLMEngine:
+        """Give the teacher's engine: it replays, and answers questions to be compared with."""
+        folder = model_folder(self._teacher_config.path)
         if self._teacher is None:
-            self._teacher = TransformersEngine(
-                model_folder(self._teacher_config.path),
-                "teacher",
-                dtype=self._teacher_config.dtype,
-                device=self._placement.teacher_device,
-                max_batch_tokens=self._placement.max_batch_tokens,
-            )
+            self._teacher = self._engine("teacher", folder, model.digest)
+        self._teacher.load_weights(folder, model.digest)
         return self._teacher
+
+    def _engine(self, role: Role, folder: Path, digest: str) -> TransformersEngine | VLLMEngine:
+        config = self._student_config if role == "student" else self._teacher_config
+        placement = self._placement
+        if isinstance(config.engine, InProcessEngine):
+            return TransformersEngine(
+                folder,
+                digest,
+                dtype=config.dtype,
+                device=placement.student_device if role == "student" else placement.teacher_device,
+                max_batch_tokens=placement.max_batch_tokens,
+            )
+        where = placement.student_servers if role == "student" else placement.teacher_servers
+        servers = VLLMServers(
+            role,
+            config,
+            where,
+            exchangeable=role == "student",
+            work_dir=self._work_dir,
+            threads=placement.threads,
+            track=self._track,
+        )
+        return VLLMEngine(servers, folder, read_prefix_cache=where.read_prefix_cache)
 
     def _weights(self, policy: ArtifactRef) -> Path:
         """Give a local folder with a policy's weights: what lies here, a stored one, or training repeated."""

@@ -122,7 +122,7 @@ def gated_distillation_loss(
         policy_logprobs: [B, T] float, nats; as in `token_losses`.
         teacher_logprobs: [B, T] float, nats; as there.
         response_mask: [B, T] bool.
-        weights: [B] or [B, T] float >= 0; the gate's. Detached here.
+        weights: [B] or [B, T] float >= 0; the gate's, times importance weights where used. Detached here.
         num_responses: responses with at least one token in the whole batch.
         num_tokens: response tokens in the whole batch.
         old_logprobs: [B, T] float, nats; as in `token_losses`.

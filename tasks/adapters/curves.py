@@ -39,6 +39,7 @@ def round_figures(
         "truncated_share": truncated / num_responses,
         "sampled_per_second": _rate(sampled),
         "replayed_per_second": _rate(replayed),
+        "replay_computed_share": _computed_share(replayed),
         "trained_per_second": trained.measured.get("tokens_per_second"),
     }
 
@@ -55,6 +56,12 @@ def _support(replayed: Sequence[Manifest]) -> dict[str, float]:
         for view, mean in manifest.summary["mean_logprob"].items():
             sums[view] = sums.get(view, 0.0) + mean * manifest.summary["num_tokens"]
     return {view: value / total for view, value in sums.items()}
+
+
+def _computed_share(replayed: Sequence[Manifest]) -> float | None:
+    """Give how much of what was replayed the teacher computed, a prompt counting once for each of its responses."""
+    total = sum(manifest.measured.get("num_prompted_tokens", 0) for manifest in replayed)
+    return sum(manifest.measured.get("num_computed_tokens", 0) for manifest in replayed) / total if total else None
 
 
 def _rate(shards: Sequence[Manifest]) -> float | None:

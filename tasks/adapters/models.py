@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
@@ -88,6 +88,24 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest_bytes(state.digest())
 
 
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Give the names and shapes of a model folder's tensors, read from the headers of its files.
+
+    Raises:
+        InputError: a file is damaged, or there is none.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model folder {folder} must have whole weights, but {error}; copy them again") from error
+    if not shapes:
+        raise InputError(f"model folder {folder} must have weights as *.safetensors; it has none: convert them")
+    return shapes
+
+
 def load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:
     """Load a vision-language model for inference; safetensors only, no remote code.
 
@@ -137,7 +155,7 @@ class ComposedProcessor:
         """
         self.image_processor = image_processor
         self.tokenizer = tokenizer
-        self._image_id = image_token_id
+        self.image_token_id = image_token_id
         self._image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
@@ -161,7 +179,7 @@ class ComposedProcessor:
             self._image_token * int(count) + piece for count, piece in zip(counts, pieces[1:], strict=True)
         )
         input_ids = torch.tensor([self.tokenizer(expanded, add_special_tokens=False)["input_ids"]])
-        is_image: torch.Tensor = input_ids == self._image_id
+        is_image: torch.Tensor = input_ids == self.image_token_id
         return {
             "input_ids": input_ids,
             "mm_token_type_ids": is_image.int(),

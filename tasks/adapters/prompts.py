@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tasks.adapters.models import load_processor
 from tasks.config import PromptConfig
@@ -104,6 +104,29 @@ class PromptProcessor:
         # Each image has one placeholder in the text, in whose place its visual tokens stand.
         return [len(ids) + sum(visual[size] - 1 for size in images) for ids, images in zip(tokens, sizes, strict=True)]
 
+    @property
+    def image_id(self) -> int:
+        """The token that stands for an image in a prompt's text."""
+        return int(self._processor.image_token_id)
+
+    def placeholders(self, prompt: Prompt) -> tuple[list[int], int]:
+        """Give a prompt's token ids with one placeholder per image, and their number once images are expanded.
+
+        Raises:
+            InputError: the text has another number of image placeholders than the prompt has images.
+        """
+        token_ids: list[int] = self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        if (number := token_ids.count(self.image_id)) != len(prompt.images):
+            raise InputError(
+                f"prompt must have one image placeholder per image ({len(prompt.images)} images), got {number}; "
+                "check prompt.system, prompt.template and the question for image tokens"
+            )
+        if not hasattr(self._processor, "_get_num_multimodal_tokens"):
+            return token_ids, num_tokens(self.encode(prompt))
+        sizes = [[image.height, image.width] for image in prompt.images]
+        visual = self._processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+        return token_ids, len(token_ids) - len(sizes) + sum(visual)
+
     def encode(self, prompt: Prompt) -> ModelInputs:
         """Turn a prompt into a model's inputs, batch size 1.
 
@@ -136,3 +159,26 @@ def stack(inputs: Sequence[ModelInputs]) -> ModelInputs:
 def num_tokens(inputs: ModelInputs) -> int:
     """Give the number of tokens of one encoded prompt, visual ones included."""
     return inputs["input_ids"].shape[1]
+
+
+def end_of_turn_ids(generation_config: object, processor: PromptProcessor) -> tuple[int, ...]:
+    """Give the tokens that end a response: the generation config's, else the tokenizer's."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    if configured is None:
+        configured = processor.tokenizer.eos_token_id
+    if configured is None:
+        raise InputError("model must have an end-of-turn token, but neither generation config nor tokenizer names one")
+    return tuple(configured) if isinstance(configured, list | tuple) else (int(configured),)
+
+
+def banned_ids(config: PreTrainedConfig, processor: PromptProcessor, eos_ids: Sequence[int]) -> list[int]:
+    """Give the tokens that may not stand in a response: special ones but end-of-turn, and rows without a token."""
+    tokenizer = processor.tokenizer
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        if (index := getattr(config, name, None)) is not None:
+            special.add(index)
+    rows = set(range(config.get_text_config().vocab_size))
+    special |= rows - set(tokenizer.get_vocab().values())
+    return sorted((special & rows) - set(eos_ids))

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.forward import can_share_prompt, response_logits
 from tasks.adapters.models import CONFIG_SUFFIXES, load_model, model_folder, weights_digest
-from tasks.adapters.prompts import PromptProcessor
+from tasks.adapters.prompts import PromptProcessor, end_of_turn_ids
 from tasks.adapters.store import Store
 from tasks.adapters.training_data import (
     CheckpointJob,
@@ -33,12 +33,13 @@ from tasks.adapters.training_data import (
     mini_batches,
     read_training_rows,
 )
-from tasks.adapters.transformers_engine import end_of_turn_ids, pad_right
+from tasks.adapters.transformers_engine import pad_right
 from tasks.artifacts import ArtifactRef
 from tasks.config import EngineFingerprint, OptimizerConfig
 from vzero_core.config import ForwardKLTopKLoss
 from vzero_core.divergence import topk_with_rest
 from vzero_core.errors import InputError
+from vzero_core.importance import importance_weights
 from vzero_core.losses import TopK, gated_distillation_loss
 from vzero_core.masking import at_least_float32, masked_sum
 
@@ -207,7 +208,7 @@ class Trainer:
         # From the first update on the state is neither the old policy's nor the new one's; a retry reloads.
         self._held = None
         old_logprobs, entropy = self._old_logprobs(rows)
-        summary = divergences(rows, old_logprobs, entropy)
+        summary = divergences(rows, old_logprobs, entropy, job.optimizer.importance_cap)
         losses, norms, skipped = [], [], 0
         for epoch in range(job.optimizer.epochs):
             for mini_batch in mini_batches(rows, job, epoch):
@@ -308,7 +309,11 @@ class Trainer:
             policy_topk, policy_rest = topk_with_rest(logits, ids)
             teacher_topk = self._pad([torch.tensor(row.topk_logprobs) for row in chosen])
             topk = TopK(policy_logprobs=policy_topk, policy_rest=policy_rest, teacher_logprobs=teacher_topk)
+        old = self._pad([old_logprobs[index] for index in batch])
         weights = self._pad([torch.tensor(row.weights) for row in chosen])
+        if job.optimizer.importance_cap is not None:
+            sampler = self._pad([torch.tensor(row.sampler_logprobs) for row in chosen])
+            weights = weights * importance_weights(old, sampler, mask, job.optimizer.importance_cap)
         return gated_distillation_loss(
             job.loss,
             policy_logprobs=logits.log_softmax(-1).gather(-1, responses[..., None])[..., 0],
@@ -317,7 +322,7 @@ class Trainer:
             weights=weights if weights.shape == mask.shape else weights[:, 0],
             num_responses=num_responses,
             num_tokens=num_tokens,
-            old_logprobs=self._pad([old_logprobs[index] for index in batch]),
+            old_logprobs=old,
             topk=topk,
         )
 

@@ -3,7 +3,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from tasks.artifacts import ArtifactRef, Job, Replay, Rollout, Weight, digest_js
 from tasks.config import EngineFingerprint, OptimizerConfig, PromptConfig
 from vzero_core.config import Loss, Target
 from vzero_core.divergence import sampled_divergence
+from vzero_core.importance import importance_health
 
 ROLLOUTS, REPLAYS, WEIGHTS = "rollouts.parquet", "replay.parquet", "weights.parquet"
 
@@ -138,8 +139,20 @@ def _cost(rows: Sequence[TrainingRow], batch: Sequence[int]) -> int:
     return len(batch) * (num_tokens(rows[batch[0]].inputs) + longest)
 
 
-def divergences(rows: Sequence[TrainingRow], old_logprobs: dict[int, Tensor], entropy: float) -> dict[str, Any]:
-    """Give how far policy, teacher and sampler are apart on a round's responses as the round begins, in nats."""
+def divergences(
+    rows: Sequence[TrainingRow], old_logprobs: dict[int, Tensor], entropy: float, importance_cap: float | None
+) -> dict[str, Any]:
+    """Give how far policy, teacher and sampler are apart on a round's responses as the round begins.
+
+    Args:
+        rows: the round's responses.
+        old_logprobs: by row, [T] float, nats; the trainer's log-probs as the round begins.
+        entropy: nats; the policy's mean.
+        importance_cap: the optimizer's; None where no importance weight is used.
+
+    Raises:
+        InputError: a log-prob of the policy or of the sampler is not finite.
+    """
     policy = torch.cat([old_logprobs[index].cpu() for index in range(len(rows))])
     teacher = torch.tensor([value for row in rows for value in row.teacher_logprobs])
     sampler = torch.tensor([value for row in rows for value in row.sampler_logprobs])
@@ -150,4 +163,5 @@ def divergences(rows: Sequence[TrainingRow], old_logprobs: dict[int, Tensor], en
         "entropy": entropy,
         "sampler_difference_mean": difference.mean().item(),
         "sampler_difference_max": difference.max().item(),
+        **asdict(importance_health(policy, sampler, importance_cap)),
     }

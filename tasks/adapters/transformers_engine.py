@@ -6,11 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
 
 from tasks.adapters.forward import prefill, response_logits
 from tasks.adapters.models import load_model
-from tasks.adapters.prompts import ModelInputs, PromptProcessor, num_tokens, signature
+from tasks.adapters.prompts import (
+    ModelInputs,
+    PromptProcessor,
+    banned_ids,
+    end_of_turn_ids,
+    num_tokens,
+    signature,
+)
 from tasks.ports import Advance, ReplayRequest, Response, ResponseScores, SamplingRequest
 from vzero_core.errors import InputError
 from vzero_core.masking import at_least_float32
@@ -112,19 +118,23 @@ class TransformersEngine:
             logits = response_logits(self._model, [encoded[index] for index in batch], responses_BT, shared=True)
             logprobs = at_least_float32(logits).log_softmax(-1)
             own = logprobs.gather(-1, responses_BT.to(logprobs.device)[..., None])[..., 0].cpu()
-            top = logprobs.topk(max(top_k, 1), dim=-1)
+            top = logprobs.topk(top_k, dim=-1)
             values, ids = top.values.cpu(), top.indices.cpu()
-            found = [
-                ResponseScores(
-                    logprobs=own[row, : len(response)],
-                    max_logprobs=values[row, : len(response), 0],
-                    topk_ids=ids[row, : len(response), :top_k],
-                    topk_logprobs=values[row, : len(response), :top_k],
-                )
-                for row, response in enumerate(rows)
-            ]
+            row = 0
             for index in batch:
-                scores[index], found = found[: widths[index]], found[widths[index] :]
+                num_prompt = num_tokens(encoded[index])
+                for number, response in enumerate(requests[index].responses):
+                    scores[index].append(
+                        ResponseScores(
+                            logprobs=own[row, : len(response)],
+                            topk_ids=ids[row, : len(response)],
+                            topk_logprobs=values[row, : len(response)],
+                            num_tokens=num_prompt + len(response),
+                            # The prompt is computed once, for the first of them.
+                            num_computed_tokens=len(response) + (num_prompt if number == 0 else 0),
+                        )
+                    )
+                    row += 1
             advance(len(batch))
         return scores
 
@@ -144,7 +154,15 @@ class TransformersEngine:
             own = ids[:end]
             text = self.processor.tokenizer.decode(own, skip_special_tokens=True)
             assert isinstance(text, str)
-            responses.append(Response(tuple(own), tuple(values[:end]), text.strip(), truncated=end is None))
+            responses.append(
+                Response(
+                    token_ids=tuple(own),
+                    logprobs=tuple(values[:end]),
+                    text=text.strip(),
+                    truncated=end is None,
+                    weights=self._digest,
+                )
+            )
         return responses
 
     def _batches(
@@ -174,26 +192,3 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
     """Stack token ids of different lengths; [B, T] int64."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows])
-
-
-def end_of_turn_ids(generation_config: object, processor: PromptProcessor) -> tuple[int, ...]:
-    """Give the tokens that end a response: the generation config's, else the tokenizer's."""
-    configured = getattr(generation_config, "eos_token_id", None)
-    if configured is None:
-        configured = processor.tokenizer.eos_token_id
-    if configured is None:
-        raise InputError("model must have an end-of-turn token, but neither generation config nor tokenizer names one")
-    return tuple(configured) if isinstance(configured, list | tuple) else (int(configured),)
-
-
-def banned_ids(config: PreTrainedConfig, processor: PromptProcessor, eos_ids: Sequence[int]) -> list[int]:
-    """Give the tokens that may not stand in a response: special ones but end-of-turn, and rows without a token."""
-    tokenizer = processor.tokenizer
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-        if (index := getattr(config, name, None)) is not None:
-            special.add(index)
-    rows = set(range(config.get_text_config().vocab_size))
-    special |= rows - set(tokenizer.get_vocab().values())
-    return sorted((special & rows) - set(eos_ids))

@@ -72,7 +72,7 @@ class World:
             dataset=self.dataset,
             progress=self._progress,
             engines=SimpleNamespace(
-                teacher=lambda: self.teacher, renderer=PromptProcessor(model), teacher_path=teacher_path
+                teacher=lambda _: self.teacher, renderer=PromptProcessor(model), teacher_path=teacher_path
             ),
         )
 
@@ -171,7 +171,10 @@ class Recorded:
             )
         advance(len(requests))
         assert len(requests) == len(self._replies)
-        return [[Response(token_ids=(0,), logprobs=(0.0,), text=text, truncated=False)] for text in self._replies]
+        return [
+            [Response(token_ids=(0,), logprobs=(0.0,), text=text, truncated=False, weights="t")]
+            for text in self._replies
+        ]
 
 
 ASK = PromptConfig(template="where {question}")

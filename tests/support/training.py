@@ -1,5 +1,6 @@
 """A small store with everything that rounds of training read: samples, responses, replays and weights, all random."""
 
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -7,15 +8,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from support.plain import PROMPT, words
 from support.tiny_models import picture
+from torch import Tensor
 
 from tasks.adapters.dataset import SAMPLES, Dataset
 from tasks.adapters.images import ImageReader
 from tasks.adapters.prompts import PromptProcessor
 from tasks.adapters.store import Outcome, Store
-from tasks.adapters.tables import write_rows
+from tasks.adapters.tables import read_rows, write_rows
 from tasks.adapters.trainer import Trainer
 from tasks.adapters.training_data import REPLAYS, ROLLOUTS, WEIGHTS, TrainJob
-from tasks.artifacts import ArtifactRef, Job, Record, Replay, Rollout, Sample, Weight
+from tasks.artifacts import ArtifactRef, Job, Record, Replay, Rollout, Sample, Weight, digest_json
 from tasks.config import EngineFingerprint, OptimizerConfig
 from vzero_core.config import ForwardKLTopKLoss, Loss, SampledLoss
 
@@ -119,6 +121,19 @@ class TrainingWorld:
             round=round,
         )
 
+    def with_sampler_logprobs(self, job: TrainJob, logprobs: Sequence[Tensor]) -> TrainJob:
+        """Give the same round with other recorded log-probs of the sampler: one tensor per response, in their order."""
+        values = iter(logprobs)
+        rollouts = []
+        for ref in job.rollouts:
+            rows = [
+                row.model_copy(update={"logprobs": tuple(next(values).tolist())})
+                for row in read_rows(self.store.read(ref, ROLLOUTS), Rollout)
+            ]
+            name = digest_json([ref.key, [str(row.logprobs) for row in rows]])
+            rollouts.append(self._given(_Rollouts(name=name), ROLLOUTS, rows, Rollout))
+        return job.model_copy(update={"rollouts": tuple(rollouts)})
+
     def _round(
         self, number: int, kind: Literal["response", "token"]
     ) -> tuple[tuple[ArtifactRef, ...], tuple[ArtifactRef, ...], ArtifactRef]:
@@ -150,6 +165,7 @@ class TrainingWorld:
         return Rollout(
             sample_id=name,
             index=index,
+            policy="student",
             token_ids=tokens,
             logprobs=tuple(torch.rand(length, generator=random).neg().tolist()),
             text="",

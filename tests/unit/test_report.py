@@ -281,7 +281,13 @@ class Run:
 def _rollout(name: str, index: int) -> Rollout:
     text = HOSTILE if name == "hostile" else f"response {index}"
     return Rollout(
-        sample_id=name, index=index, token_ids=(1, 2), logprobs=(-0.1, -0.2), text=text, truncated=index == 1
+        sample_id=name,
+        index=index,
+        policy="p",
+        token_ids=(1, 2),
+        logprobs=(-0.1, -0.2),
+        text=text,
+        truncated=index == 1,
     )
 
 

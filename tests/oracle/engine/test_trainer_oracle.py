@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.plain import plain_logits
+from support.plain import plain_logits, plain_logprobs
 from support.training import TOP_K_LOSS, TrainingWorld
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -85,6 +85,9 @@ def reference(
                 row = rows[index]
                 losses = token_losses(job.loss, plain_logits(model, row.inputs, row.token_ids), row, old[index])
                 weighted = losses * torch.tensor(row.weights)
+                if config.importance_cap is not None:
+                    sampled = torch.tensor(row.sampler_logprobs, dtype=torch.float64).exp()
+                    weighted = weighted * (old[index].exp() / sampled).clamp(max=config.importance_cap)
                 denominator = num_tokens if job.loss.aggregation == "token_mean" else len(batch) * len(row.token_ids)
                 loss = weighted.sum() / denominator
                 loss.backward()
@@ -140,6 +143,37 @@ def test_a_round_equals_the_formulas(
     assert updates[0][2] == pytest.approx(OPTIMIZER.learning_rate / 3)
 
 
+CAPPED = OPTIMIZER.model_copy(update={"importance_cap": 1.25})
+
+
+def other_engine(world: TrainingWorld, job: TrainJob) -> TrainJob:
+    """The job with responses that another engine sampled: its log-probs are now above, now below the student's."""
+    model = AutoModelForImageTextToText.from_pretrained(world.student, dtype=torch.float64)
+    random = torch.Generator().manual_seed(5)
+    rows = read_training_rows(job, world.store, world.dataset, world.processor)
+    with torch.no_grad():
+        own = [plain_logprobs(model, row.inputs, row.token_ids) for row in rows]
+    return world.with_sampler_logprobs(
+        job, [values + 0.5 * torch.randn(len(values), generator=random) for values in own]
+    )
+
+
+@pytest.mark.parametrize("weights", ["response", "token"])
+@pytest.mark.parametrize("loss", [PAPER, RELEASE, TOP_K_LOSS], ids=["paper", "release", "top-k"])
+def test_a_round_with_importance_weights_equals_the_formulas(
+    loss: Loss, weights: Any, folders: dict[str, Path], tmp_path: Path, float64_throughout: None
+) -> None:
+    world = TrainingWorld(folders["qwen3_vl"], tmp_path)
+    job = other_engine(world, world.job(loss=loss, weights=weights, optimizer=CAPPED))
+    update = world.trainer().train(job)
+    model, updates = reference(world, job, torch.float64)
+    error, moved = distance(update.folder / "model", model, world.student)
+    assert moved > 1e-3
+    assert error <= 1e-10
+    assert update.summary["loss"] == pytest.approx(updates[0][0], rel=1e-9)
+    assert 0.2 < update.summary["importance_capped_share"] < 0.8
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "idefics3"])
 def test_other_families_equal_the_formulas(
     family: str, folders: dict[str, Path], tmp_path: Path, float64_throughout: None
@@ -191,11 +225,11 @@ def test_the_second_update_is_clipped_somewhere(folders: dict[str, Path], tmp_pa
 
 def test_divergences_are_those_of_the_round_as_it_begins(folders: dict[str, Path], tmp_path: Path) -> None:
     world = TrainingWorld(folders["qwen3_vl"], tmp_path)
-    job = world.job(optimizer=OPTIMIZER)
+    job = other_engine(world, world.job(optimizer=CAPPED))
     summary = world.trainer().train(job).summary
     model = AutoModelForImageTextToText.from_pretrained(world.student, dtype=torch.float64)
     rows = read_training_rows(job, world.store, world.dataset, world.processor)
-    k1, k3, entropy, difference = [], [], [], []
+    k1, k3, entropy, difference, ratios = [], [], [], [], []
     with torch.no_grad():
         for row in rows:
             logprobs = plain_logits(model, row.inputs, row.token_ids).log_softmax(-1)
@@ -207,6 +241,7 @@ def test_divergences_are_those_of_the_round_as_it_begins(folders: dict[str, Path
                 k1.append(-gap)
                 k3.append(min(math.exp(gap) - gap - 1, 10))
                 difference.append(abs(distribution[token] - sampler))
+                ratios.append(math.exp(distribution[token]) / math.exp(sampler))
     tokens = [row for ref in job.rollouts for row in read_rows(world.store.read(ref, "rollouts.parquet"), Rollout)]
     assert len(k1) == sum(len(row.token_ids) for row in tokens)
     expected = {
@@ -215,6 +250,10 @@ def test_divergences_are_those_of_the_round_as_it_begins(folders: dict[str, Path
         "entropy": sum(entropy) / len(entropy),
         "sampler_difference_mean": sum(difference) / len(difference),
         "sampler_difference_max": max(difference),
+        "importance_ratio_mean": sum(ratios) / len(ratios),
+        "importance_ratio_max": max(ratios),
+        "importance_effective_share": sum(ratios) ** 2 / (len(ratios) * sum(ratio**2 for ratio in ratios)),
+        "importance_capped_share": sum(ratio > 1.25 for ratio in ratios) / len(ratios),
     }
     assert {name: summary[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     json.dumps(summary, allow_nan=False)

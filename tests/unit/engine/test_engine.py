@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from support.plain import allowed_ids, prompts, words
 from support.tiny_models import FAMILIES, save_tiny_model
 
-from tasks.adapters.transformers_engine import TransformersEngine, banned_ids, end_of_turn_ids
+from tasks.adapters.prompts import banned_ids, end_of_turn_ids
+from tasks.adapters.transformers_engine import TransformersEngine
 from tasks.ports import ReplayRequest, Response, SamplingRequest
 from vzero_core.errors import InputError
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 import weakref
 from collections.abc import Callable
@@ -10,14 +11,16 @@ from typing import Any, cast
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
+from support.plain import plain_logprobs
 from support.training import K2, OPTIMIZER, TrainingWorld
 from transformers import AutoModelForImageTextToText
 
 from tasks.adapters.models import load_processor, weights_digest
 from tasks.adapters.store import StoreError
 from tasks.adapters.trainer import Trainer, Update
-from tasks.adapters.training_data import CheckpointJob, TrainJob
+from tasks.adapters.training_data import CheckpointJob, TrainJob, read_training_rows
 from tasks.artifacts import ArtifactRef
 from tasks.config import ModelConfig, OptimizerConfig, PlacementConfig
 from tasks.serve import Engines
@@ -45,11 +48,13 @@ def changed(optimizer: OptimizerConfig = OPTIMIZER, **values: Any) -> OptimizerC
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind"), [(K2, "response"), (RELEASE, "token")], ids=["sequence mean", "token mean, token weights"]
+    ("loss", "kind", "cap"),
+    [(K2, "response", None), (RELEASE, "token", None), (K2, "response", 1.0), (RELEASE, "token", 1.0)],
+    ids=["sequence mean", "token mean, token weights", "sequence mean, importance", "token mean, importance"],
 )
-def test_micro_batches_do_not_matter(loss: Any, kind: Any, world: TrainingWorld) -> None:
+def test_micro_batches_do_not_matter(loss: Any, kind: Any, cap: float | None, world: TrainingWorld) -> None:
     # One mini-batch: two of its prompts make one forward batch, or two where the budget is small.
-    job = world.job(loss=loss, weights=kind, optimizer=changed(mini_batches=1, epochs=2))
+    job = world.job(loss=loss, weights=kind, optimizer=changed(mini_batches=1, epochs=2, importance_cap=cap))
     whole = weights(world.trainer("whole").train(job))
     for budget in (1, 100):
         parts = weights(world.trainer(f"budget {budget}", max_batch_tokens=budget).train(job))
@@ -160,6 +165,69 @@ def test_small_updates_are_not_lost_in_bfloat16(world: TrainingWorld) -> None:
     assert 0 < abs(half.summary["divergence_k1"] - full.summary["divergence_k1"]) < 0.05
 
 
+# --- another engine samples ---------------------------------------------------------------------------------------
+
+
+def own_logprobs(world: TrainingWorld, job: TrainJob) -> list[torch.Tensor]:
+    """Log-probs of a job's responses under the student as it begins, one tensor each."""
+    model = AutoModelForImageTextToText.from_pretrained(world.student, dtype=torch.float64)
+    rows = read_training_rows(job, world.store, world.dataset, world.processor)
+    with torch.no_grad():
+        return [plain_logprobs(model, row.inputs, row.token_ids) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "cap", "factor", "capped"),
+    [(2.0, None, 1.0, None), (2.0, 4.0, 2.0, 0.0), (2.0, 1.5, 1.5, 1.0), (0.25, 1.0, 0.25, 0.0)],
+)
+@pytest.mark.parametrize(("loss", "kind"), [(K2, "response"), (RELEASE, "token")], ids=["k2", "release"])
+def test_a_common_ratio_scales_loss_and_gradient_up_to_the_cap(
+    loss: Any,
+    kind: Any,
+    ratio: float,
+    cap: float | None,
+    factor: float,
+    capped: float | None,
+    world: TrainingWorld,
+) -> None:
+    job = world.job(loss=loss, weights=kind, optimizer=changed(mini_batches=1, importance_cap=cap))
+    plain = world.trainer("plain").train(world.job(loss=loss, weights=kind, optimizer=changed(mini_batches=1)))
+    shifted = [logprobs - math.log(ratio) for logprobs in own_logprobs(world, job)]
+    weighted = world.trainer("weighted").train(world.with_sampler_logprobs(job, shifted))
+    for name in ("loss", "grad_norm"):
+        assert weighted.summary[name] == pytest.approx(factor * plain.summary[name], rel=1e-5), name
+    figures = {name: value for name, value in weighted.summary.items() if name.startswith("importance_")}
+    assert figures == {
+        "importance_ratio_mean": pytest.approx(ratio, rel=1e-5),
+        "importance_ratio_max": pytest.approx(ratio, rel=1e-5),
+        "importance_effective_share": pytest.approx(1.0),
+        "importance_capped_share": capped,
+    }
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_samplers_log_probs_change_weights_with_a_cap_alone(cap: float | None, world: TrainingWorld) -> None:
+    job = world.job(optimizer=changed(importance_cap=cap), dtype="float32")
+    other = world.with_sampler_logprobs(job, [0.1 - values.abs() / 2 for values in own_logprobs(world, job)])
+    left, right = world.trainer("left").train(job), world.trainer("right").train(other)
+    assert left.summary["importance_ratio_mean"] != right.summary["importance_ratio_mean"]
+    assert (left.policy == right.policy) == (cap is None)
+
+
+def test_a_sampler_log_prob_that_is_not_finite_is_named(world: TrainingWorld) -> None:
+    job = world.job()
+    logprobs = own_logprobs(world, job)
+    logprobs[2][0] = -math.inf
+    with pytest.raises(InputError, match="sampler_logprobs must be finite"):
+        world.trainer().train(world.with_sampler_logprobs(job, logprobs))
+
+
+@pytest.mark.parametrize("cap", [0.9, math.inf])
+def test_a_cap_must_be_finite_and_let_equal_engines_pass(cap: float) -> None:
+    with pytest.raises(ValidationError, match="importance_cap"):
+        OptimizerConfig(importance_cap=cap)
+
+
 def test_another_target_is_another_teacher(world: TrainingWorld) -> None:
     """The stored replays have no view without a crop, so asking for it must not fall back on another."""
     with pytest.raises(AssertionError, match="target view"):
@@ -195,6 +263,7 @@ class Run:
             teacher=model,
             placement=PlacementConfig(threads=1, work_dir=str(work_dir)),
             work_dir=work_dir,
+            track=Silent().track,
         )
         unused = cast(Any, None)
         self.context = RunContext(

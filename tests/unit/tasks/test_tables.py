@@ -15,7 +15,9 @@ ROWS: list[Record] = [
     Sample(id="1", image=IMAGE, question="what?", region=Box(0.1, 1 / 3, 3.0, 4.0), license="CC0"),
     Sample(id="2", image=IMAGE, question="ü \n 🦊", region=Box(0.0, 0.0, 1.0, 1.0), detail_image=IMAGE),
     BadRow(row=3, id=None, reason="why"),
-    Rollout(sample_id="1", index=0, token_ids=(151_935, 0), logprobs=(-0.5, -1.25), text="x", truncated=False),
+    Rollout(
+        sample_id="1", index=0, policy="p", token_ids=(151_935, 0), logprobs=(-0.5, -1.25), text="x", truncated=False
+    ),
     Replay(sample_id="1", index=0, logprobs_positive=(-1.0,), max_logprobs=(-0.5,)),
     Replay(
         sample_id="1",

@@ -1,0 +1,96 @@
+"""Wiring of one round: the student responds, the teacher replays, the gate weighs, the student learns."""
+
+from prefect.futures import PrefectFuture, wait
+
+from flows.config import RunConfig
+from flows.run import fingerprint, trainer_fingerprint
+from flows.summary import show_round
+from tasks.adapters.training_data import TrainJob
+from tasks.artifacts import ArtifactRef
+from tasks.config import VLLMEngine
+from tasks.gate import GateJob, gate
+from tasks.replay import ReplayJob, replay
+from tasks.report import RoundRefs
+from tasks.rollouts import RolloutsJob, rollouts
+from tasks.stage import RunContext
+from tasks.train import train
+from vzero_core.config import ForwardKLTopKLoss, required_views
+
+
+def train_round(
+    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, views: ArtifactRef
+) -> RoundRefs:
+    """Make one round's artefacts; a shard is replayed while the next one is sampled, where the teacher is a server."""
+    sampled, replayed = _sample_and_replay(config, run, number, policy, teacher, views)
+    weights = gate(GateJob(replays=replayed, gate=config.gate, target=config.replay.target, round=number), run)
+    job = TrainJob(
+        policy=policy,
+        samples=views,
+        rollouts=sampled,
+        replays=replayed,
+        gate=weights,
+        prompt=config.prompt,
+        target=config.replay.target,
+        loss=config.loss,
+        optimizer=config.optimizer,
+        engine=trainer_fingerprint(config.student),
+        seed=config.seed,
+        round=number,
+    )
+    fresh = run.store.find(job.stage, job.key) is None
+    refs = RoundRefs(round=number, rollouts=sampled, replays=replayed, gate=weights, train=train(job, run))
+    if fresh:
+        show_round(run.store, refs)
+    return refs
+
+
+def _sample_and_replay(
+    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, views: ArtifactRef
+) -> tuple[tuple[ArtifactRef, ...], tuple[ArtifactRef, ...]]:
+    # Two models in this process would only take turns on its cores or its device.
+    overlap = isinstance(config.teacher.engine, VLLMEngine)
+    sampled: list[ArtifactRef] = []
+    replayed: list[ArtifactRef] = []
+    submitted: list[PrefectFuture[ArtifactRef]] = []
+    try:
+        for shard in range(config.rounds.num_shards):
+            sampled.append(
+                rollouts(
+                    RolloutsJob(
+                        policy=policy,
+                        views=views,
+                        prompt=config.prompt,
+                        sampling=config.sampling,
+                        engine=fingerprint(config.student),
+                        seed=config.seed,
+                        round=number,
+                        prompts_per_round=config.rounds.prompts_per_round,
+                        shard=shard,
+                        num_shards=config.rounds.num_shards,
+                    ),
+                    run,
+                )
+            )
+            job = ReplayJob(
+                teacher=teacher,
+                rollouts=sampled[-1],
+                views=views,
+                prompt=config.prompt,
+                replayed=required_views(config.gate, config.replay.target),
+                target=config.replay.target,
+                top_k=config.loss.k if isinstance(config.loss, ForwardKLTopKLoss) else 0,
+                engine=fingerprint(config.teacher),
+                round=number,
+                shard=shard,
+                num_shards=config.rounds.num_shards,
+            )
+            if overlap:
+                submitted.append(replay.submit(job, run))
+            else:
+                replayed.append(replay(job, run))
+        replayed += [future.result() for future in submitted]
+    except Exception:
+        # What the teacher is at is worth keeping, and its servers are stopped when the flow ends.
+        wait(submitted)
+        raise
+    return tuple(sampled), tuple(replayed)
