@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tasks.adapters.store import Store
 from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig, VLLMEngine
 from tasks.ports import DatasetRepo
 from tasks.serve import Engines
-from tasks.stage import RunContext
+from tasks.stage import RunContext, show_progress
 from vzero_core.errors import ConfigError
 
 _GIB = 1 << 30
@@ -47,7 +48,7 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
         teacher=config.teacher,
         placement=config.placement,
         work_dir=work_dir,
-        track=terminal.track,
+        track=partial(show_progress, terminal),
     )
     with engines:
         yield RunContext(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -50,30 +50,35 @@ class RunContext:
     checkpoint_every: int
     image_threads: int
 
-    @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Advance]:
+    def progress(self, title: str, total: int) -> AbstractContextManager[Advance]:
         """Show the progress of a stage on the terminal and, where it lasts, on the dashboard."""
-        done = 0
-        artifact: Any = None
-        shown = time.monotonic()
-        with self.terminal.track(title, total) as advance_terminal:
+        return show_progress(self.terminal, title, total)
 
-            def advance(count: int) -> None:
-                nonlocal done, artifact, shown
-                done += count
-                advance_terminal(count)
-                if FlowRunContext.get() is None or time.monotonic() - shown < _ARTIFACT_INTERVAL:
-                    return
-                shown = time.monotonic()
-                percent = 100.0 * done / max(total, 1)
-                if artifact is None:
-                    artifact = create_progress_artifact(percent, key=_slug(title), description=title)
-                else:
-                    update_progress_artifact(artifact, percent)
 
-            yield advance
-            if artifact is not None:
-                update_progress_artifact(artifact, 100.0)
+@contextmanager
+def show_progress(terminal: Terminal, title: str, total: int) -> Iterator[Advance]:
+    """Show progress on a terminal and, where it lasts and a flow runs, on the dashboard."""
+    done = 0
+    artifact: Any = None
+    shown = time.monotonic()
+    with terminal.track(title, total) as advance_terminal:
+
+        def advance(count: int) -> None:
+            nonlocal done, artifact, shown
+            done += count
+            advance_terminal(count)
+            if FlowRunContext.get() is None or time.monotonic() - shown < _ARTIFACT_INTERVAL:
+                return
+            shown = time.monotonic()
+            percent = 100.0 * done / max(total, 1)
+            if artifact is None:
+                artifact = create_progress_artifact(percent, key=_slug(title), description=title)
+            else:
+                update_progress_artifact(artifact, percent)
+
+        yield advance
+        if artifact is not None:
+            update_progress_artifact(artifact, 100.0)
 
 
 def stage(
