@@ -45,10 +45,18 @@ class Response:
 
 @dataclass(frozen=True)
 class ReplayRequest:
-    """One prompt and the responses whose tokens are scored as its continuation."""
+    """One prompt and the responses whose tokens are scored as its continuation.
+
+    Attributes:
+        prompt: where several requests begin with the very same image object and the same text before and around it,
+            an engine may compute that once for all of them.
+        responses: token ids.
+        top_k: how many of the likeliest tokens are wanted at each position.
+    """
 
     prompt: Prompt
     responses: tuple[tuple[int, ...], ...]
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class PolicyEngine(Protocol):
 class TeacherScorer(Protocol):
     """Replays given responses."""
 
-    def score(self, requests: Sequence[ReplayRequest], *, top_k: int, advance: Advance) -> list[list[ResponseScores]]:
+    def score(self, requests: Sequence[ReplayRequest], *, advance: Advance) -> list[list[ResponseScores]]:
         """Give, per request, the scores of each of its responses."""
 
 

@@ -270,7 +270,7 @@ class Teacher:
     def _score(self, requests: Iterable[ReplayRequest]) -> list[float]:
         means: list[float] = []
         for chunk in _chunks(requests):
-            found = self._engine.score(chunk, top_k=0, advance=self._advance)
+            found = self._engine.score(chunk, advance=self._advance)
             means += [float(scores.logprobs.double().mean()) for (scores,) in found]
             self.num_passes += len(chunk)
         return means

@@ -47,28 +47,27 @@ def replay(job: ReplayJob, context: RunContext, folder: Path) -> Outcome:
     groups: dict[str, list[Rollout]] = {}
     for row in read_rows(context.store.read(job.rollouts, ROLLOUTS), Rollout):
         groups.setdefault(row.sample_id, []).append(row)
-    engine = context.engines.teacher(job.teacher)
-    scores: dict[View, list[list[ResponseScores]]] = {}
+    requests = _requests(job, context, groups)
     started = time.perf_counter()
-    with context.progress(job.title, len(groups) * len(job.replayed)) as advance:
-        for view in job.replayed:
-            requests = _requests(job, context, view, groups)
-            # Of the target view at least the likeliest token, of the other one the response's own alone.
-            top_k = max(job.top_k, 1) if view == job.target else 0
-            scores[view] = engine.score(requests, top_k=top_k, advance=advance)
+    with context.progress(job.title, len(requests)) as advance:
+        found = iter(context.engines.teacher(job.teacher).score(requests, advance=advance))
     seconds = time.perf_counter() - started
-    rows = [
-        _row(rollout, {view: scores[view][group][position] for view in job.replayed}, job)
-        for group, members in enumerate(groups.values())
-        for position, rollout in enumerate(members)
-    ]
+    rows = []
+    scores: list[ResponseScores] = []
+    for members in groups.values():
+        views: dict[View, list[ResponseScores]] = {view: next(found) for view in job.replayed}
+        scores += [score for group in views.values() for score in group]
+        rows += [
+            _row(rollout, {view: group[position] for view, group in views.items()}, job)
+            for position, rollout in enumerate(members)
+        ]
     write_rows(folder / REPLAYS, rows, Replay)
     num_tokens = sum(len(row.max_logprobs) for row in rows)
     return Outcome(
         summary={"num_tokens": num_tokens, "mean_logprob": _mean_logprobs(rows)},
         measured={
             "tokens_per_second": len(job.replayed) * num_tokens / seconds,
-            **_num_computed([score for groups in scores.values() for group in groups for score in group]),
+            **_num_computed(scores),
         },
     )
 
@@ -81,17 +80,24 @@ def _num_computed(scores: list[ResponseScores]) -> dict[str, float]:
     }
 
 
-def _requests(job: ReplayJob, context: RunContext, view: View, groups: dict[str, list[Rollout]]) -> list[ReplayRequest]:
+def _requests(job: ReplayJob, context: RunContext, groups: dict[str, list[Rollout]]) -> list[ReplayRequest]:
+    """Ask for every view of every group; the views of one group share their image, and so its computation."""
     samples = by_id(context.dataset.samples(job.views))
     requests = []
     for sample_id, members in groups.items():
         position, sample = samples[sample_id]
-        images: list[Image.Image] = [context.dataset.image(sample)]
-        if view != "none":
+        full = context.dataset.image(sample)
+        crops = None
+        if set(job.replayed) != {"none"}:
             crops = context.dataset.views(job.views, sample_id, position)
-            images.append(open_png(crops.positive_png if view == "positive" else crops.negative_png))
-        prompt = context.engines.renderer.prompt(sample.question, images, job.prompt)
-        requests.append(ReplayRequest(prompt=prompt, responses=tuple(row.token_ids for row in members)))
+        for view in job.replayed:
+            images: list[Image.Image] = [full]
+            if crops is not None and view != "none":
+                images.append(open_png(crops.positive_png if view == "positive" else crops.negative_png))
+            prompt = context.engines.renderer.prompt(sample.question, images, job.prompt)
+            # Of the target view at least the likeliest token, of the other one the response's own alone.
+            top_k = max(job.top_k, 1) if view == job.target else 0
+            requests.append(ReplayRequest(prompt, tuple(row.token_ids for row in members), top_k))
     return requests
 
 

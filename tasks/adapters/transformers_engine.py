@@ -1,13 +1,14 @@
 """The engine in the box: samples and replays with transformers, on CPU or one device."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from tasks.adapters.forward import prefill, response_logits
+from tasks.adapters.forward import Prefix, compute_stem, output_layer, prefill, response_hidden, stem_length
 from tasks.adapters.models import load_model
 from tasks.adapters.prompts import (
     ModelInputs,
@@ -20,6 +21,11 @@ from tasks.adapters.prompts import (
 from tasks.ports import Advance, ReplayRequest, Response, ResponseScores, SamplingRequest
 from vzero_core.errors import InputError
 from vzero_core.masking import at_least_float32
+
+T = TypeVar("T")
+
+_OUTPUT_TOKENS = 512
+"""Tokens whose log-probs over the vocabulary are in memory at a time."""
 
 
 class TransformersEngine:
@@ -84,7 +90,7 @@ class TransformersEngine:
             seeds = [seed for index in batch for seed in requests[index].seeds]
             uniform_BT = torch.from_numpy(_uniform(seeds, max_new_tokens)).to(self._model.device)
             eos = torch.tensor(self._eos_ids, device=self._model.device)
-            logits, tokens, logprobs = prefix.logits, [], []
+            logits, tokens, logprobs = output_layer(self._model, prefix.hidden), [], []
             finished = torch.zeros(len(seeds), dtype=torch.bool, device=self._model.device)
             for step in range(max_new_tokens):
                 chosen = self._choose(logits, uniform_BT[:, step], temperature)
@@ -106,37 +112,54 @@ class TransformersEngine:
         return responses
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[ReplayRequest], *, top_k: int, advance: Advance) -> list[list[ResponseScores]]:
-        """Give, per request, the scores of each of its responses; each prompt is computed once."""
+    def score(self, requests: Sequence[ReplayRequest], *, advance: Advance) -> list[list[ResponseScores]]:
+        """Give, per request, the scores of each of its responses.
+
+        Each prompt is computed once for all of its responses, and what prompts with the very same first image begin
+        with is computed once for all of them.
+        """
         scores: list[list[ResponseScores]] = [[] for _ in requests]
         encoded = [self.processor.encode(request.prompt) for request in requests]
-        widths = [len(request.responses) for request in requests]
-        lengths = [max(len(response) for response in request.responses) for request in requests]
-        for batch in self._batches(encoded, widths, lengths):
-            rows = [response for index in batch for response in requests[index].responses]
-            responses_BT = pad_right(rows, self._eos_ids[0])
-            logits = response_logits(self._model, [encoded[index] for index in batch], responses_BT, shared=True)
-            logprobs = at_least_float32(logits).log_softmax(-1)
-            own = logprobs.gather(-1, responses_BT.to(logprobs.device)[..., None])[..., 0].cpu()
-            top = logprobs.topk(top_k, dim=-1)
-            values, ids = top.values.cpu(), top.indices.cpu()
-            row = 0
-            for index in batch:
-                num_prompt = num_tokens(encoded[index])
-                for number, response in enumerate(requests[index].responses):
-                    scores[index].append(
-                        ResponseScores(
-                            logprobs=own[row, : len(response)],
-                            topk_ids=ids[row, : len(response)],
-                            topk_logprobs=values[row, : len(response)],
-                            num_tokens=num_prompt + len(response),
-                            # The prompt is computed once, for the first of them.
-                            num_computed_tokens=len(response) + (num_prompt if number == 0 else 0),
+        for batch, length in self._replay_batches(requests, encoded):
+            stem = compute_stem(self._model, [encoded[unit[0]] for unit in batch], length) if length else None
+            for number, members in enumerate(zip(*batch, strict=True)):
+                prompts = [encoded[index] for index in members]
+                prefix = prefill(self._model, prompts, len(requests[members[0]].responses), stem)
+                rows = [response for index in members for response in requests[index].responses]
+                found = self._read_scores(prefix, rows, max(requests[index].top_k for index in members))
+                # The prompt is computed for its first response; of what it shares, the first prompt bears the cost.
+                computed = num_tokens(prompts[0]) - (length if number else 0)
+                for index in members:
+                    for position, response in enumerate(requests[index].responses):
+                        own, values, ids = next(found)
+                        top_k = requests[index].top_k
+                        scores[index].append(
+                            ResponseScores(
+                                logprobs=own,
+                                topk_ids=ids[:, :top_k],
+                                topk_logprobs=values[:, :top_k],
+                                num_tokens=num_tokens(prompts[0]) + len(response),
+                                num_computed_tokens=len(response) + (computed if position == 0 else 0),
+                            )
                         )
-                    )
-                    row += 1
-            advance(len(batch))
+                advance(len(members))
         return scores
+
+    def _read_scores(
+        self, prefix: Prefix, responses: Sequence[tuple[int, ...]], top_k: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Give each response's log-probs, [T], its likeliest tokens' and their ids, [T, K], a few rows at a time."""
+        responses_BT = pad_right(responses, self._eos_ids[0])
+        hidden = response_hidden(self._model, prefix, responses_BT)
+        at_a_time = max(1, _OUTPUT_TOKENS // hidden.shape[1])
+        for start in range(0, len(responses), at_a_time):
+            part = slice(start, start + at_a_time)
+            logprobs = at_least_float32(output_layer(self._model, hidden[part])).log_softmax(-1)
+            own = logprobs.gather(-1, responses_BT[part].to(logprobs.device)[..., None])[..., 0].cpu()
+            values, ids = (tensor.cpu() for tensor in logprobs.topk(top_k, dim=-1))
+            for row, response in enumerate(responses[part]):
+                size = len(response)
+                yield own[row, :size], values[row, :size], ids[row, :size]
 
     def _choose(self, logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
         allowed = logits.double().index_fill(1, self._banned, -torch.inf)
@@ -165,6 +188,40 @@ class TransformersEngine:
             )
         return responses
 
+    def _replay_batches(
+        self, requests: Sequence[ReplayRequest], encoded: Sequence[ModelInputs]
+    ) -> Iterator[tuple[list[tuple[int, ...]], int]]:
+        """Group requests into units that share a stem, and units into batches; give these, and the stem's length."""
+        same_image: dict[object, list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            same_image[id(request.prompt.images[0]) if request.prompt.images else ("no image", index)].append(index)
+        units: list[tuple[tuple[int, ...], int]] = []
+        for indices in same_image.values():
+            if length := stem_length([encoded[index] for index in indices]):
+                units.append((tuple(indices), length))
+            else:
+                units += [((index,), 0) for index in indices]
+        groups: dict[object, list[tuple[int, ...]]] = defaultdict(list)
+        lengths: dict[object, int] = {}
+        for unit, length in units:
+            key: object = (length, *((signature(encoded[index]), len(requests[index].responses)) for index in unit))
+            groups[key].append(unit)
+            lengths[key] = length
+        for key, members in groups.items():
+
+            def cost(batch: Sequence[tuple[int, ...]]) -> int:
+                return max(
+                    sum(len(requests[unit[place]].responses) for unit in batch)
+                    * (
+                        num_tokens(encoded[batch[0][place]])
+                        + max(len(response) for unit in batch for response in requests[unit[place]].responses)
+                    )
+                    for place in range(len(batch[0]))
+                )
+
+            for batch in within_budget(members, cost, self._max_batch_tokens):
+                yield batch, lengths[key]
+
     def _batches(
         self, encoded: Sequence[ModelInputs], widths: Sequence[int], lengths: Sequence[int]
     ) -> Iterator[list[int]]:
@@ -173,15 +230,27 @@ class TransformersEngine:
         for index, inputs in enumerate(encoded):
             groups[signature(inputs), widths[index]].append(index)
         for indices in groups.values():
-            batch: list[int] = []
-            for index in indices:
-                rows = (len(batch) + 1) * widths[index]
-                longest = max(lengths[other] for other in (*batch, index))
-                if batch and rows * (num_tokens(encoded[index]) + longest) > self._max_batch_tokens:
-                    yield batch
-                    batch = []
-                batch.append(index)
+
+            def cost(batch: Sequence[int]) -> int:
+                return (
+                    len(batch)
+                    * widths[batch[0]]
+                    * (num_tokens(encoded[batch[0]]) + max(lengths[index] for index in batch))
+                )
+
+            yield from within_budget(indices, cost, self._max_batch_tokens)
+
+
+def within_budget(items: Sequence[T], cost: Callable[[Sequence[T]], int], budget: int) -> Iterator[list[T]]:
+    """Cut items into batches, in order, each within a budget; an item that exceeds it is a batch of its own."""
+    batch: list[T] = []
+    for item in items:
+        if batch and cost([*batch, item]) > budget:
             yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 def _uniform(seeds: Sequence[int], length: int) -> np.ndarray:

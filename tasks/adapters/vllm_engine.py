@@ -112,20 +112,20 @@ class VLLMEngine:
             works.append(Work(asked.num_tokens + len(request.seeds) * max_new_tokens, call))
         return self._servers.run(works, advance)
 
-    def score(self, requests: Sequence[ReplayRequest], *, top_k: int, advance: Advance) -> list[list[ResponseScores]]:
+    def score(self, requests: Sequence[ReplayRequest], *, advance: Advance) -> list[list[ResponseScores]]:
         """Give, per request, the scores of each of its responses.
 
         Raises:
             ServerError: the servers are lost, or a reply comes from other weights or is not finite.
             InputError: a server refuses a prompt, or counts its tokens otherwise than the processor.
         """
-        if top_k == 0 and self._scores_given_ids is None:
+        if self._scores_given_ids is None and any(request.top_k == 0 for request in requests):
             (self._scores_given_ids,) = self._servers.run([Work(2, self._try_given_ids)], lambda _: None)
         works = []
         for request in requests:
             asked = self._ask(request.prompt)
             cost = sum(asked.num_tokens + len(response) for response in request.responses)
-            works.append(Work(cost, partial(self._score, asked, request.responses, top_k)))
+            works.append(Work(cost, partial(self._score, asked, request.responses, request.top_k)))
         return self._servers.run(works, advance)
 
     # --- sampling -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.plain import with_top_k
 from support.tiny_models import picture
 from support.vllm_cpu_servers import cpu_servers, make_engine, on_vllm, processes, shared_memory
 
@@ -102,8 +103,8 @@ def test_replay_gives_the_log_probs_of_the_engine_in_the_box(
         requests = replays(student, responses, crop=crop)
         for top_k in (0, 1, 10):
             done: list[int] = []
-            ours = student.score(requests, top_k=top_k, advance=done.append)
-            theirs = reference.score(requests, top_k=top_k, advance=ignore)
+            ours = student.score(with_top_k(requests, top_k), advance=done.append)
+            theirs = reference.score(with_top_k(requests, top_k), advance=ignore)
             largest = difference(ours, theirs)
             record_property(f"largest difference, crop {crop}, top {top_k}", largest)
             assert largest <= PARITY
@@ -115,7 +116,7 @@ def test_replay_gives_the_log_probs_of_the_engine_in_the_box(
 
 def test_rollouts_have_the_log_probs_of_the_engine_in_the_box(student: VLLMEngine) -> None:
     responses = student.sample(sampling(student, 6), temperature=1.0, max_new_tokens=8, advance=ignore)
-    theirs = plain(STUDENT).score(replays(student, responses, crop=False), top_k=0, advance=ignore)
+    theirs = plain(STUDENT).score(replays(student, responses, crop=False), advance=ignore)
     for group, scores in zip(responses, theirs, strict=True):
         for response, score in zip(group, scores, strict=True):
             assert torch.allclose(torch.tensor(response.logprobs), score.logprobs, rtol=0, atol=PARITY)
@@ -164,8 +165,8 @@ def test_exchanged_weights_are_those_of_the_new_folder(student: VLLMEngine) -> N
     for path in (TEACHER, STUDENT, TEACHER):
         student.load_weights(model_folder(path), path)
         requests = replays(student, responses, crop=True)
-        ours = student.score(requests, top_k=5, advance=ignore)
-        assert difference(ours, plain(path).score(requests, top_k=5, advance=ignore)) <= PARITY
+        ours = student.score(with_top_k(requests, 5), advance=ignore)
+        assert difference(ours, plain(path).score(with_top_k(requests, 5), advance=ignore)) <= PARITY
         (response,), *_ = student.sample(
             [SamplingRequest(requests[0].prompt, (0,))], temperature=1.0, max_new_tokens=2, advance=ignore
         )
@@ -186,8 +187,8 @@ def test_a_running_server_is_attached_to(student: VLLMEngine, tmp_path: Path, mo
     attached.load_weights(model_folder(TEACHER), "attached")
     responses = attached.sample(sampling(attached, 2), temperature=1.0, max_new_tokens=8, advance=ignore)
     requests = replays(attached, responses, crop=True)
-    scores = attached.score(requests, top_k=0, advance=ignore)
-    assert difference(scores, plain(TEACHER).score(requests, top_k=0, advance=ignore)) <= PARITY
+    scores = attached.score(requests, advance=ignore)
+    assert difference(scores, plain(TEACHER).score(requests, advance=ignore)) <= PARITY
     attached.close()
 
     # It took the server's weights away from its owner, who must notice.
@@ -228,10 +229,10 @@ def test_the_prefix_cache_saves_work_and_changes_no_log_prob(student: VLLMEngine
     prompt = student.processor.prompt(question, images, PromptConfig())
     response = student.sample(sampling(student, 1), temperature=1.0, max_new_tokens=8, advance=ignore)[0]
     request = ReplayRequest(prompt, tuple(sampled.token_ids for sampled in response))
-    reference = plain(STUDENT).score([request], top_k=3, advance=ignore)
+    reference = plain(STUDENT).score(with_top_k([request], 3), advance=ignore)
     student._read_prefix_cache = True
     try:
-        cached = student.score([request], top_k=3, advance=ignore)
+        cached = student.score(with_top_k([request], 3), advance=ignore)
     finally:
         student._read_prefix_cache = False
     assert difference(cached, reference) <= PARITY

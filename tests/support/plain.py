@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tasks.adapters.prompts import ModelInputs, PromptProcessor
 from tasks.config import PromptConfig
-from tasks.ports import Prompt
+from tasks.ports import Prompt, ReplayRequest
 
 PROMPT = PromptConfig(system="w3", template="{question} w4")
 
@@ -46,6 +47,11 @@ def prompts(processor: PromptProcessor, sizes: Sequence[tuple[int, int]], count:
         )
         for number in range(count)
     ]
+
+
+def with_top_k(requests: Sequence[ReplayRequest], top_k: int) -> list[ReplayRequest]:
+    """Ask for the likeliest tokens too."""
+    return [replace(request, top_k=top_k) for request in requests]
 
 
 def words(processor: PromptProcessor, count: int, seed: int) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.plain import allowed_ids, plain_logits, plain_logprobs, prompts, words
-from support.tiny_models import FAMILIES
+from support.plain import PROMPT, allowed_ids, plain_logits, plain_logprobs, prompts, with_top_k, words
+from support.tiny_models import FAMILIES, picture
 
 from tasks.adapters.models import load_model
 from tasks.adapters.prompts import num_tokens
@@ -75,7 +75,7 @@ def test_scores_equal_a_plain_pass(
     ours = engine(family, dtype="float64")
     plain = load_model(folders[family], "float64", "cpu")
     requests = replay_requests(ours)
-    for request, group in zip(requests, ours.score(requests, top_k=TOP_K, advance=nothing), strict=True):
+    for request, group in zip(requests, ours.score(with_top_k(requests, TOP_K), advance=nothing), strict=True):
         inputs = ours.processor.encode(request.prompt)
         for response, score in zip(request.responses, group, strict=True):
             logprobs = plain_logits(plain, inputs, response).log_softmax(-1)
@@ -91,10 +91,10 @@ def test_scores_equal_a_plain_pass(
 def test_scores_do_not_depend_on_budget_or_company(family: str, engine: Callable[..., TransformersEngine]) -> None:
     wide = engine(family)
     requests = replay_requests(wide)
-    expected = wide.score(requests, top_k=TOP_K, advance=nothing)
-    narrow = engine(family, max_batch_tokens=1).score(requests, top_k=TOP_K, advance=nothing)
-    backwards = wide.score(requests[::-1], top_k=TOP_K, advance=nothing)[::-1]
-    alone = [wide.score([request], top_k=TOP_K, advance=nothing)[0] for request in requests]
+    expected = wide.score(with_top_k(requests, TOP_K), advance=nothing)
+    narrow = engine(family, max_batch_tokens=1).score(with_top_k(requests, TOP_K), advance=nothing)
+    backwards = wide.score(with_top_k(requests[::-1], TOP_K), advance=nothing)[::-1]
+    alone = [wide.score(with_top_k([request], TOP_K), advance=nothing)[0] for request in requests]
     for other in (narrow, backwards, alone):
         assert (flat(other) - flat(expected)).abs().max() <= FLOAT32[family]
         for ours, theirs in zip(chain(*expected), chain(*other), strict=True):
@@ -105,7 +105,7 @@ def test_no_top_k_is_stored_where_none_is_asked_for(engine: Callable[..., Transf
     ours = engine("qwen3_vl")
     requests = replay_requests(ours)[:2]
     finished: list[int] = []
-    scores = chain(*ours.score(requests, top_k=0, advance=finished.append))
+    scores = chain(*ours.score(requests, advance=finished.append))
     assert sum(finished) == len(requests)
     for score in scores:
         assert score.topk_ids.shape == score.topk_logprobs.shape == (len(score.logprobs), 0)
@@ -114,11 +114,92 @@ def test_no_top_k_is_stored_where_none_is_asked_for(engine: Callable[..., Transf
 def test_a_prompt_is_computed_once_for_all_its_responses(engine: Callable[..., TransformersEngine]) -> None:
     ours = engine("qwen3_vl")
     requests = replay_requests(ours)
-    for request, group in zip(requests, ours.score(requests, top_k=0, advance=nothing), strict=True):
+    for request, group in zip(requests, ours.score(requests, advance=nothing), strict=True):
         prompt = num_tokens(ours.processor.encode(request.prompt))
         lengths = [len(response) for response in request.responses]
         assert [score.num_tokens for score in group] == [prompt + length for length in lengths]
         assert sum(score.num_computed_tokens for score in group) == prompt + sum(lengths)
+
+
+def view_requests(engine: TransformersEngine, crops: Sequence[tuple[int, int] | None]) -> list[ReplayRequest]:
+    """Three samples, each under several views: the same picture and words, with a crop of its own or without."""
+    requests = []
+    for number in range(3):
+        full = picture(24, 16, seed=number)
+        responses = tuple(
+            words(engine.processor, 1 + (number + 2 * index) % 5, 10 * number + index) for index in range(4)
+        )
+        for position, size in enumerate(crops):
+            extra = [picture(*size, seed=100 + 10 * number + position)] if size is not None else []
+            prompt = engine.processor.prompt(f"w{number} w9", [full, *extra], PROMPT)
+            requests.append(ReplayRequest(prompt, responses, top_k=TOP_K if position == 0 else 0))
+    return requests
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "crops",
+    [[(16, 16), (16, 16)], [(16, 16), (32, 24)], [(16, 16), (16, 16), None], [None, (16, 16)]],
+    ids=["two crops", "crops of two sizes", "with and without", "without, with"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_views_that_share_their_image_score_as_plain_passes(
+    family: str,
+    crops: list[tuple[int, int] | None],
+    engine: Callable[..., TransformersEngine],
+    folders: dict[str, Path],
+) -> None:
+    ours = engine(family, dtype="float64")
+    plain = load_model(folders[family], "float64", "cpu")
+    requests = view_requests(ours, crops)
+    for request, group in zip(requests, ours.score(requests, advance=nothing), strict=True):
+        inputs = ours.processor.encode(request.prompt)
+        for response, score in zip(request.responses, group, strict=True):
+            logprobs = plain_logits(plain, inputs, response).log_softmax(-1)
+            own = logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0]
+            assert (score.logprobs - own).abs().max() <= EXACT[family]
+            assert score.topk_ids.shape == (len(response), request.top_k)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
+def test_views_compute_their_image_once(family: str, engine: Callable[..., TransformersEngine]) -> None:
+    ours = engine(family)
+    requests = view_requests(ours, [(16, 16), (16, 16), None])
+    scores = ours.score(requests, advance=nothing)
+    for start in range(0, len(requests), 3):
+        prompts = [ours.processor.encode(request.prompt) for request in requests[start : start + 3]]
+        lengths = [sum(map(len, request.responses)) for request in requests[start : start + 3]]
+        computed = [sum(score.num_computed_tokens for score in group) for group in scores[start : start + 3]]
+        # What all three begin with, up to the end of the full image, is computed for the first of them.
+        visual = prompts[0]["mm_token_type_ids"][0].tolist()
+        stem = len(visual) - num_tokens(prompts[0]) + visual.index(0, visual.index(1)) + 1
+        for number, (prompt, length, count) in enumerate(zip(prompts, lengths, computed, strict=True)):
+            assert count == num_tokens(prompt) + length - (stem if number else 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_views_do_not_depend_on_budget_or_company(family: str, engine: Callable[..., TransformersEngine]) -> None:
+    wide = engine(family)
+    requests = view_requests(wide, [(16, 16), (32, 24)])
+    expected = wide.score(requests, advance=nothing)
+    done: list[int] = []
+    narrow = engine(family, max_batch_tokens=1).score(requests, advance=done.append)
+    alone = [wide.score([request], advance=nothing)[0] for request in requests]
+    backwards = wide.score(requests[::-1], advance=nothing)[::-1]
+    assert sum(done) == len(requests)
+    for other in (narrow, alone, backwards):
+        assert (flat(other) - flat(expected)).abs().max() <= FLOAT32[family]
+
+
+def test_pictures_that_only_look_alike_are_not_shared(engine: Callable[..., TransformersEngine]) -> None:
+    """Of two samples with the same words, each sees its own picture."""
+    ours = engine("qwen3_vl")
+    response = (words(ours.processor, 4, 0),)
+    requests = [
+        ReplayRequest(ours.processor.prompt("w1", [picture(24, 16, seed=seed)], PROMPT), response) for seed in (1, 2)
+    ]
+    first, second = ours.score(requests, advance=nothing)
+    assert (first[0].logprobs - second[0].logprobs).abs().max() > 0.01
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------
@@ -169,7 +250,7 @@ def test_recorded_logprobs_are_those_of_replay(
         for request, group in zip(requests, groups, strict=True)
     ]
     recorded = torch.tensor([value for group in groups for response in group for value in response.logprobs])
-    assert (flat(ours.score(replays, top_k=0, advance=nothing)) - recorded).abs().max() <= FLOAT32[family]
+    assert (flat(ours.score(replays, advance=nothing)) - recorded).abs().max() <= FLOAT32[family]
 
 
 @torch.no_grad()

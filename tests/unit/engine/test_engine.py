@@ -94,7 +94,7 @@ def test_a_batch_whose_responses_all_end_stops(folders: dict[str, Path]) -> None
     (end, *_) = engine._eos_ids
     bias(engine, [end], LOVE)
     steps: list[object] = []
-    engine._model.register_forward_hook(lambda *_: steps.append(None))
+    engine._model.model.register_forward_hook(lambda *_: steps.append(None))
     for response in sample(engine, max_new_tokens=20):
         assert response.token_ids == (end,)
         assert not response.truncated
@@ -146,7 +146,7 @@ def scores(engine: TransformersEngine) -> torch.Tensor:
         ReplayRequest(prompt, (words(engine.processor, 5, 0), words(engine.processor, 3, 1)))
         for prompt in prompts(engine.processor, [(24, 16)], 2)
     ]
-    return torch.cat([score.logprobs for group in engine.score(requests, top_k=0, advance=nothing) for score in group])
+    return torch.cat([score.logprobs for group in engine.score(requests, advance=nothing) for score in group])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

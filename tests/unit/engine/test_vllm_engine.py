@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.plain import with_top_k
 from support.tiny_models import picture
 from support.vllm_stand_in import GENERATE, VERSION, VOCABULARY, Asked, Fault, StandIn, made_up
 
@@ -95,7 +96,7 @@ def sample(
 
 def score(engine: VLLMEngine, wanted: Sequence[Prompt], top_k: int = 0) -> list[list[ResponseScores]]:
     requests = [ReplayRequest(prompt, RESPONSES) for prompt in wanted]
-    return engine.score(requests, top_k=top_k, advance=lambda _: None)
+    return engine.score(with_top_k(requests, top_k), advance=lambda _: None)
 
 
 def require_right(
