@@ -13,6 +13,8 @@ from tasks.config import (
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
+    GivenRegions,
+    InProcessEngine,
     ModelConfig,
     OptimizerConfig,
     OutputsConfig,
@@ -22,6 +24,7 @@ from tasks.config import (
     ReplayConfig,
     RoundsConfig,
     SamplingConfig,
+    ServersConfig,
     Settings,
     StoreConfig,
     VLLMEngine,
@@ -114,6 +117,50 @@ class RunConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _servers_fit(self) -> Self:
+        placement = self.placement
+        rooms = []
+        for role, model, servers in (
+            ("student", self.student, placement.student_servers),
+            ("teacher", self.teacher, placement.teacher_servers),
+        ):
+            if isinstance(model.engine, InProcessEngine) and servers != ServersConfig():
+                raise ValueError(
+                    f"placement.{role}_servers has no effect with {role}.engine.kind {model.engine.kind}; "
+                    'set kind = "vllm" or remove it'
+                )
+            if servers.max_model_len is not None:
+                setting, new_tokens = self._longest_generation(role)
+                reason = (
+                    f"placement.{role}_servers.max_model_len {servers.max_model_len} - {setting} {new_tokens} - 1 that "
+                    "replay generates"
+                )
+                rooms.append((servers.max_model_len - new_tokens - 1, reason))
+        room, reason = min(rooms, default=(None, ""))
+        given = self.data.max_prompt_tokens
+        if room is not None and (given is None or given > room):
+            raise ValueError(
+                f"data.max_prompt_tokens must be at most {room} ({reason}), got {'none' if given is None else given}; "
+                + (f"set it to {room}" if room > 0 else "raise max_model_len")
+            )
+        if isinstance(self.teacher.engine, InProcessEngine) and placement.student_servers.use(placement.teacher_device):
+            raise ValueError(
+                f"placement.student_servers.devices must not hold placement.teacher_device, got "
+                f"{placement.teacher_device}; choose another"
+            )
+        return self
+
+    def _longest_generation(self, role: str) -> tuple[str, int]:
+        """Give the setting that lets a model write most, and how many tokens."""
+        lengths = {
+            "sampling.max_new_tokens": self.sampling.max_new_tokens,
+            "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
+        }
+        if role == "teacher" and not isinstance(self.regions.proposer, GivenRegions):
+            lengths["regions.max_new_tokens"] = self.regions.max_new_tokens
+        return max(lengths.items(), key=lambda length: length[1])
+
 
 def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
     objective = preset(values["preset"])
@@ -182,15 +229,14 @@ def _absolute(path: str, folder: Path) -> str:
 def explain(error: ValidationError) -> str:
     """Say what is wrong with each setting, a line each; an unknown one is answered with the nearest known name."""
     lines = []
-    branches = _union_branches()
+    unions = _unions()
+    branches = {kind for union in unions for kind in union}
     for problem in error.errors():
         # Pydantic names the branch of a union, which is not part of what a user wrote.
         where = [str(part) for part in problem["loc"] if part not in branches]
         name = ".".join(where) or "configuration"
         if problem["type"] == "extra_forbidden":
-            known = sorted(_known_names())
-            near = difflib.get_close_matches(where[-1], known, n=1)
-            lines.append(f"  {name} is no setting" + (f"; did you mean {near[0]}?" if near else "; remove it"))
+            lines.append(f"  {name} is no setting{_instead(problem['loc'], unions)}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
@@ -198,24 +244,40 @@ def explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
+def _instead(where: tuple[int | str, ...], unions: list[dict[str, set[str]]]) -> str:
+    """Say what to do about a setting that is not known where it stands."""
+    name, branch = str(where[-1]), str(where[-2]) if len(where) > 1 else ""
+    kinds = {kind for union in unions if branch in union for kind, names in union.items() if name in names}
+    if kinds:
+        return f' of kind "{branch}"; add kind = ' + " or ".join(f'"{kind}"' for kind in sorted(kinds))
+    known = _known_names()
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {near[0]}?" if near and name not in known else " here; remove it"
+
+
 def _known_names() -> set[str]:
     schema = RunConfig.model_json_schema()
     return {name for part in (schema, *schema["$defs"].values()) for name in part.get("properties", {})}
 
 
-def _union_branches() -> set[str]:
-    found: set[str] = set()
+def _unions() -> list[dict[str, set[str]]]:
+    """Give every choice by `kind`: the settings of each kind."""
+    schema = RunConfig.model_json_schema()
+    found: list[dict[str, set[str]]] = []
 
     def walk(part: Any) -> None:
         if isinstance(part, dict):
-            found.update(part.get("discriminator", {}).get("mapping", {}))
+            if kinds := part.get("discriminator", {}).get("mapping"):
+                found.append(
+                    {kind: set(schema["$defs"][ref.rpartition("/")[2]]["properties"]) for kind, ref in kinds.items()}
+                )
             for value in part.values():
                 walk(value)
         elif isinstance(part, list):
             for value in part:
                 walk(value)
 
-    walk(RunConfig.model_json_schema())
+    walk(schema)
     return found
 
 

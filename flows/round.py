@@ -1,6 +1,8 @@
 """Wiring of one round: the student responds, the teacher replays, the gate weighs, the student learns."""
 
-from prefect.futures import PrefectFuture, wait
+from typing import cast
+
+from prefect.futures import PrefectConcurrentFuture, wait
 
 from flows.config import RunConfig
 from flows.run import fingerprint, trainer_fingerprint
@@ -51,9 +53,11 @@ def _sample_and_replay(
     overlap = isinstance(config.teacher.engine, VLLMEngine)
     sampled: list[ArtifactRef] = []
     replayed: list[ArtifactRef] = []
-    submitted: list[PrefectFuture[ArtifactRef]] = []
+    submitted: list[PrefectConcurrentFuture[ArtifactRef]] = []
     try:
         for shard in range(config.rounds.num_shards):
+            # Where the teacher fails, sampling more would only cost time.
+            replayed += [future.result() for future in submitted[len(replayed) :] if future.wrapped_future.done()]
             sampled.append(
                 rollouts(
                     RolloutsJob(
@@ -85,12 +89,12 @@ def _sample_and_replay(
                 num_shards=config.rounds.num_shards,
             )
             if overlap:
-                submitted.append(replay.submit(job, run))
+                submitted.append(cast(PrefectConcurrentFuture[ArtifactRef], replay.submit(job, run)))
             else:
                 replayed.append(replay(job, run))
-        replayed += [future.result() for future in submitted]
+        replayed += [future.result() for future in submitted[len(replayed) :]]
     except Exception:
-        # What the teacher is at is worth keeping, and its servers are stopped when the flow ends.
-        wait(submitted)
+        # The shard that the teacher is at is worth keeping; its servers are stopped when the flow ends.
+        wait([future for future in submitted if not future.wrapped_future.cancel()])
         raise
     return tuple(sampled), tuple(replayed)

@@ -1,21 +1,49 @@
 """Settings of the stages. `flows.config.RunConfig` puts them together; each stage sees its own slice only."""
 
+import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, field_validator, model_validator
 
 from vzero_core.config import Target
 
 EMBEDDED = "embedded:"
 """Prefix of a model path that names one of the small world's models."""
 
+_AS_IT_IS = "leave it out: the run needs it as it is"
+FLAGS_OF_THE_RUN = {
+    "--model": "set the model's path",
+    "--host": "leave it out: the run's servers listen on 127.0.0.1",
+    "--port": "leave it out: a free one is taken",
+    "--api-key": "leave it out: a key is made for the run",
+    "--served-model-name": "set served_name",
+    "--dtype": "set the model's dtype",
+    "--quantization": "set quantization of the model's engine",
+    "-q": "set quantization of the model's engine",
+    "--max-model-len": "set max_model_len",
+    "--tensor-parallel-size": "set tensor_parallel",
+    "-tp": "set tensor_parallel",
+    "--data-parallel-size": "set data_parallel",
+    "-dp": "set data_parallel",
+    "--gpu-memory-utilization": "set memory_share",
+    "--device-memory-utilization": "set memory_share",
+    "--config": "write what it holds into flags",
+    "--limit-mm-per-prompt": _AS_IT_IS,
+    "--max-logprobs": _AS_IT_IS,
+    "--logprobs-mode": _AS_IT_IS,
+    "--generation-config": _AS_IT_IS,
+    "--enable-scale-out": _AS_IT_IS,
+    "--enable-prompt-tokens-details": _AS_IT_IS,
+}
+"""Flags of a vLLM server that are not for users to set, and what to do instead."""
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, and strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # What was given may be an address with a password in it.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class SmallWorldData(Settings):
@@ -189,8 +217,6 @@ class EvaluateConfig(Settings):
     @field_validator("answer_pattern")
     @classmethod
     def _one_group(cls, pattern: str) -> str:
-        import re
-
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
@@ -238,7 +264,7 @@ class ServersConfig(Settings):
         min_length=1,
         description="What starts a server; its flags are added.",
     )
-    flags: tuple[str, ...] = Field(default=(), description="Further flags; they come last and win.")
+    flags: tuple[str, ...] = Field(default=(), description="Further flags, beside those that the run sets.")
     environment: dict[str, str] = Field(default={}, description="Further environment variables; no secrets.")
     devices: tuple[str, ...] = Field(default=(), description="GPUs of one server after the other; none: the CPU.")
     replicas: int = Field(default=1, ge=1, description="How many servers are started.")
@@ -258,26 +284,61 @@ class ServersConfig(Settings):
         description="Replay reads the prompt from the server's cache: faster, not a documented use (docs/VLLM.md).",
     )
 
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _hold_no_password(cls, urls: Any) -> Any:
+        if "@" in str(urls):
+            raise ValueError(
+                "urls must hold no user name and no password, got an address with @; put the servers' key into an "
+                "environment variable and name that in api_key_variable"
+            )
+        return urls
+
     @field_validator("urls")
     @classmethod
     def _are_addresses(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/"):
-                raise ValueError(
-                    f"urls must be of the form http://HOST:PORT, got {url!r}; leave out what follows the port"
-                )
-        if len({url.rstrip("/") for url in urls}) < len(urls):
+        addresses = tuple(_address(url) for url in urls)
+        if len(set(addresses)) < len(addresses):
             raise ValueError(f"urls must differ, got {urls}; name each server once")
-        return urls
+        return addresses
+
+    @field_validator("flags")
+    @classmethod
+    def _leave_the_runs_alone(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
+        for given in flags:
+            # vLLM takes underscores, --flag=value, --flag.key, --no-flag and the beginning of a name as well.
+            name = re.split("[=.]", given)[0].replace("_", "-").replace("--no-", "--", 1)
+            for flag, instead in FLAGS_OF_THE_RUN.items():
+                if name.startswith("-") and flag.startswith(name):
+                    raise ValueError(f"flags must not set {flag}, got {given!r}; {instead}")
+        return flags
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        on_gpus = ("tensor_parallel", "data_parallel", "memory_share")
+        of_our_own = ("command", "flags", "environment", "devices", "replicas", *on_gpus, "max_model_len")
+        if self.urls and (idle := self._changed(of_our_own)):
+            raise ValueError(
+                f"{', '.join(idle)} must be left out where urls are given, whose servers run already; remove it"
+            )
+        if not self.urls and not self.devices and (idle := self._changed(on_gpus)):
+            raise ValueError(
+                f"{', '.join(idle)} must be left out where no devices are given, for servers on the CPU; list the GPUs "
+                "in devices, or remove it"
+            )
+        if self.api_key_variable is not None and not self.urls:
+            raise ValueError(
+                "api_key_variable must be left out where no urls are given: servers that the run starts have a key "
+                "that is made for it; remove it"
+            )
+        return self
+
+    def _changed(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @model_validator(mode="after")
     def _devices_suffice(self) -> Self:
         needed = self.replicas * self.tensor_parallel * self.data_parallel
-        if self.urls and self.devices:
-            raise ValueError(
-                "devices must be empty where urls are given, whose servers have theirs; remove one of both"
-            )
         if self.devices and len(self.devices) != needed:
             raise ValueError(
                 f"devices must be replicas x tensor_parallel x data_parallel = {needed} of them, "
@@ -286,6 +347,26 @@ class ServersConfig(Settings):
         if len(set(self.devices)) < len(self.devices):
             raise ValueError(f"devices must differ, got {self.devices}; name each once")
         return self
+
+    def use(self, device: str) -> bool:
+        """Tell whether the run's servers compute on a device.
+
+        Args:
+            device: as torch names it: cpu, cuda, cuda:1.
+        """
+        kind, _, number = device.partition(":")
+        return kind == "cuda" and (number or "0") in self.devices
+
+
+def _address(url: str) -> str:
+    """Give an address in its one usual form, without a slash at its end."""
+    try:
+        parts = HttpUrl(url)
+    except ValidationError:
+        parts = None
+    if parts is None or (parts.path, parts.query, parts.fragment) != ("/", None, None):
+        raise ValueError(f"urls must be of the form http://HOST:PORT, got {url!r}; leave out what follows the port")
+    return str(parts).rstrip("/")
 
 
 class PlacementConfig(Settings):
@@ -305,11 +386,11 @@ class PlacementConfig(Settings):
         both = sorted(set(self.student_servers.devices) & set(self.teacher_servers.devices))
         if both:
             raise ValueError(f"devices of student_servers and teacher_servers must be disjoint, both have {both}")
-        if self.student_device.startswith("cuda"):
-            trainer = self.student_device.partition(":")[2] or "0"
-            if trainer in (*self.student_servers.devices, *self.teacher_servers.devices):
+        for role, servers in (("student", self.student_servers), ("teacher", self.teacher_servers)):
+            if servers.use(self.student_device):
                 raise ValueError(
-                    f"devices of servers must not be the trainer's, got {self.student_device} and a server on {trainer}"
+                    f"{role}_servers.devices must not hold student_device, where the student is trained, got "
+                    f"{self.student_device}; choose another"
                 )
         return self
 

@@ -1,6 +1,7 @@
 """Engines and trainer as resources of one run: started when first needed, stopped by the flow that started them."""
 
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.models import model_folder
 from tasks.adapters.prompts import PromptProcessor
-from tasks.adapters.server_process import sweep
+from tasks.adapters.server_process import ServerError, sweep
 from tasks.adapters.store import Store
 from tasks.adapters.trainer import Trainer
 from tasks.adapters.training_data import CheckpointJob, TrainJob
@@ -62,6 +63,9 @@ class Engines:
         self.teacher_path = teacher.path
         self._student: TransformersEngine | VLLMEngine | None = None
         self._teacher: TransformersEngine | VLLMEngine | None = None
+        # A shard is replayed in a thread of its own, which must start nothing after the run has ended.
+        self._lock = threading.Lock()
+        self._closed = False
         self.trainer = Trainer(
             store,
             dataset,
@@ -82,6 +86,8 @@ class Engines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let go of what was started, here and now: tensors freed by another thread at exit abort the process."""
+        with self._lock:
+            self._closed = True
         for engine in (self._student, self._teacher):
             if isinstance(engine, VLLMEngine):
                 engine.close()
@@ -96,20 +102,26 @@ class Engines:
     def student(self, policy: ArtifactRef) -> PolicyEngine:
         """Give the sampling engine, holding a policy's weights."""
         folder = self._weights(policy)
-        if self._student is None:
-            self._student = self._engine("student", folder, policy.digest)
-        self._student.load_weights(folder, policy.digest)
-        return self._student
+        with self._lock:
+            if self._student is None:
+                self._student = self._engine("student", folder, policy.digest)
+            student = self._student
+        student.load_weights(folder, policy.digest)
+        return student
 
     def teacher(self, model: ArtifactRef) -> TransformersEngine | VLLMEngine:
         """Give the teacher's engine: it replays, and answers questions to be compared with."""
         folder = model_folder(self._teacher_config.path)
-        if self._teacher is None:
-            self._teacher = self._engine("teacher", folder, model.digest)
-        self._teacher.load_weights(folder, model.digest)
-        return self._teacher
+        with self._lock:
+            if self._teacher is None:
+                self._teacher = self._engine("teacher", folder, model.digest)
+            teacher = self._teacher
+        teacher.load_weights(folder, model.digest)
+        return teacher
 
     def _engine(self, role: Role, folder: Path, digest: str) -> TransformersEngine | VLLMEngine:
+        if self._closed:
+            raise ServerError(f"the {role} must be asked while the run lasts, but it has ended")
         config = self._student_config if role == "student" else self._teacher_config
         placement = self._placement
         if isinstance(config.engine, InProcessEngine):

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -104,6 +107,20 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if not shapes:
         raise InputError(f"model folder {folder} must have weights as *.safetensors; it has none: convert them")
     return shapes
+
+
+def dropped_tensors(config: PreTrainedConfig) -> re.Pattern[str]:
+    """Give the names of tensors that a model's first folder may have, and a folder that transformers writes has not.
+
+    These are what it passes over when it loads, such as heads for speculative decoding, and an output layer that shares
+    its weights with the input embedding.
+    """
+    model: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    names = list(model._keys_to_ignore_on_load_unexpected or [])
+    if config.get_text_config().tie_word_embeddings or config.tie_word_embeddings:
+        names += [f"^{re.escape(name)}$" for name in model._tied_weights_keys or []]
+    # Nothing matches what matches nothing.
+    return re.compile("|".join(f"(?:{name})" for name in names) or "(?!)")
 
 
 def load_model(folder: Path, dtype: str, device: str) -> PreTrainedModel:

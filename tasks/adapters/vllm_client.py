@@ -64,17 +64,21 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 class VLLMClient:
     """Talks to one server; it belongs to one event loop, as its session does."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, served_name: str, sent: set[str]) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, served_name: str, weights: str | None, sent: set[str]
+    ) -> None:
         """Set whom to talk to.
 
         Args:
             session: with time-outs and API key.
             url: http://HOST:PORT.
             served_name: the model's name there.
+            weights: what replies must name as their weights; None where the server names none.
             sent: digests of the images that the server has been sent; it grows.
         """
         self._session = session
         self.url = url
+        self.weights = weights
         self._served_name = served_name
         self._sent = sent
 
@@ -108,21 +112,33 @@ class VLLMClient:
         assert isinstance(reply, dict)
         return reply
 
-    async def is_healthy(self, timeout: float) -> bool:
-        """Tell whether the server answers within some seconds."""
+    async def problem(self, timeout: float) -> str | None:
+        """Say what is wrong where the server does not say within some seconds that it is well."""
         try:
             async with self._session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(timeout)) as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+                return None if response.status == 200 else f"it answered {response.status} to /health"
+        except TimeoutError:
+            return f"no answer to /health within {timeout:.0f} s"
+        except (aiohttp.ClientError, OSError) as error:
+            return str(error)
 
     async def version(self) -> str:
         """Give vLLM's version."""
         return str((await self._call("GET", "/version"))["version"])
 
-    async def served_names(self) -> list[str]:
-        """Give the names under which models are served."""
-        return [str(model["id"]) for model in (await self._call("GET", "/v1/models"))["data"]]
+    async def models(self) -> dict[str, int | None]:
+        """Give the served models by name, and how many tokens each takes."""
+        return {
+            str(model["id"]): model.get("max_model_len") for model in (await self._call("GET", "/v1/models"))["data"]
+        }
+
+    async def arithmetic(self) -> tuple[str, str | None] | None:
+        """Give dtype and quantisation that the server computes with; None where it does not tell."""
+        try:
+            settings = (await self._call("GET", "/server_info?config_format=json"))["vllm_config"]["model_config"]
+        except RefusedRequestError:
+            return None
+        return str(settings["dtype"]).removeprefix("torch."), settings["quantization"]
 
     async def weight_version(self) -> str | None:
         """Give the name of the weights that the server holds; None where it does not tell."""
@@ -157,7 +173,7 @@ class VLLMClient:
             async with self._session.request(method, self.url + path, json=body) as response:
                 content = await response.read()
         except TimeoutError as error:
-            raise LostRequestError(f"{self.url} did not answer in time") from error
+            raise LostRequestError(f"{self.url} did not answer within request_timeout") from error
         except (aiohttp.ClientError, OSError) as error:
             raise LostRequestError(f"{self.url} is lost: {error}") from error
         message = content[:500].decode(errors="replace")

@@ -75,6 +75,8 @@ def server_environment(servers: ServersConfig, replica: int, threads: int, api_k
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(servers.devices[replica * each :][:each])
     else:
         environment |= {
+            # A build of vLLM for GPUs would take the trainer's.
+            "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CPU_KVCACHE_SPACE": "1",

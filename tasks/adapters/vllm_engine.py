@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from tasks.adapters.models import weight_shapes
+from tasks.adapters.models import dropped_tensors, weight_shapes
 from tasks.adapters.prompts import PromptProcessor, banned_ids, end_of_turn_ids
 from tasks.adapters.server_process import ServerError
 from tasks.adapters.vllm_client import (
@@ -67,6 +67,7 @@ class VLLMEngine:
         self._scores_given_ids: bool | None = None
         self.processor = PromptProcessor(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        self._dropped = dropped_tensors(config)
         generation = None
         if (folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -81,10 +82,13 @@ class VLLMEngine:
             ServerError: a server cannot be started, or takes no weights.
         """
         # A server that reads a bad folder dies of it.
-        if different := sorted(set(weight_shapes(folder).items()) ^ set(self._shapes.items())):
+        shapes = weight_shapes(folder)
+        different = {name for name in shapes if shapes[name] != self._shapes.get(name)}
+        different |= {name for name in self._shapes if name not in shapes and not self._dropped.search(name)}
+        if different:
             raise InputError(
                 f"weights in {folder} must be those of the model that the engine started with, but tensors differ in "
-                f"name or shape: {', '.join(dict.fromkeys(name for name, _ in different[:3]))}; start another engine"
+                f"name or shape: {', '.join(sorted(different)[:3])}; start another engine"
             )
         self._servers.hold(folder, digest)
 
@@ -110,6 +114,7 @@ class VLLMEngine:
             asked = self._ask(request.prompt)
             call = partial(self._sample, asked, request.seeds, temperature, max_new_tokens)
             works.append(Work(asked.num_tokens + len(request.seeds) * max_new_tokens, call))
+            self._require_room(asked.num_tokens + max_new_tokens)
         return self._servers.run(works, advance)
 
     def score(self, requests: Sequence[ReplayRequest], *, advance: Advance) -> list[list[ResponseScores]]:
@@ -119,13 +124,15 @@ class VLLMEngine:
             ServerError: the servers are lost, or a reply comes from other weights or is not finite.
             InputError: a server refuses a prompt, or counts its tokens otherwise than the processor.
         """
-        if self._scores_given_ids is None and any(request.top_k == 0 for request in requests):
-            (self._scores_given_ids,) = self._servers.run([Work(2, self._try_given_ids)], lambda _: None)
         works = []
         for request in requests:
             asked = self._ask(request.prompt)
             cost = sum(asked.num_tokens + len(response) for response in request.responses)
             works.append(Work(cost, partial(self._score, asked, request.responses, request.top_k)))
+            # A server that scores a prompt always samples a token after it.
+            self._require_room(asked.num_tokens + max(map(len, request.responses)) + 1)
+        if self._scores_given_ids is None and any(request.top_k == 0 for request in requests):
+            (self._scores_given_ids,) = self._servers.run([Work(2, self._try_given_ids)], lambda _: None)
         return self._servers.run(works, advance)
 
     # --- sampling -----------------------------------------------------------------------------------------------
@@ -243,7 +250,8 @@ class VLLMEngine:
         extra = {"prompt_logprobs": top_k, "skip_reading_prefix_cache": False}
         try:
             reply = await ask(extra, cache_salt=salt)
-            if _num_cached(reply) >= asked.num_tokens:
+            num_cached = _num_cached(reply)
+            if num_cached is None or num_cached >= asked.num_tokens:
                 return None
             return _tail_scores(reply, response, top_k, client)
         except (RefusedRequestError, LostRequestError):
@@ -267,6 +275,14 @@ class VLLMEngine:
 
     # --- what is asked, and whether the answer is to it ---------------------------------------------------------
 
+    def _require_room(self, num_tokens: int) -> None:
+        longest = self._servers.max_model_len
+        if longest is not None and num_tokens > longest:
+            raise InputError(
+                f"prompt and response must have at most the {longest} tokens that the vLLM server takes "
+                f"(max_model_len), got {num_tokens}; start it with more, or lower data.max_prompt_tokens"
+            )
+
     def _ask(self, prompt: Prompt) -> _Asked:
         return _Asked(prompt, *self.processor.placeholders(prompt))
 
@@ -280,19 +296,23 @@ class VLLMEngine:
         text = [token for place, token in enumerate(found) if place not in visual]
         image_id = self.processor.image_id
         expected = [token for token in (*asked.token_ids, *response) if token != image_id]
-        if (
-            len(found) != asked.num_tokens + len(response)
-            or text != expected
-            or len(ranges) != len(asked.prompt.images)
-        ):
+        wrong = None
+        if len(found) != asked.num_tokens + len(response) or len(ranges) != len(asked.prompt.images):
+            wrong = (
+                f"{asked.num_tokens} tokens with {len(asked.prompt.images)} images, but it sees "
+                f"{len(found) - len(response)} with {len(ranges)}"
+            )
+        elif text != expected:
+            place = next(place for place, pair in enumerate(zip(text, expected, strict=True)) if len(set(pair)) > 1)
+            wrong = f"with token {expected[place]} as number {place} outside images, but it sees {text[place]}"
+        if wrong is not None:
             raise InputError(
-                f"vLLM server {client.url} must see a prompt as its processor does, {asked.num_tokens} tokens with "
-                f"{len(asked.prompt.images)} images, but it sees {len(found) - len(response)} with {len(ranges)}; "
-                "start it on the same model folder, and without processor settings of its own"
+                f"vLLM server {client.url} must see a prompt as its processor does, {wrong}; start it on the same "
+                "model folder, and without processor settings of its own"
             )
 
     def _require_weights(self, choice: dict[str, Any], client: VLLMClient) -> None:
-        wanted = self._servers.weight_version
+        wanted = client.weights
         versions = {span["version"] for span in choice["weight_versions"] or []}
         if wanted is not None and versions != {wanted}:
             raise ServerError(
@@ -301,9 +321,10 @@ class VLLMEngine:
             )
 
 
-def _num_cached(reply: dict[str, Any]) -> int:
-    details = reply["usage"].get("prompt_tokens_details") or {}
-    return int(details.get("cached_tokens") or 0)
+def _num_cached(reply: dict[str, Any]) -> int | None:
+    """Give how many tokens were read from the prefix cache; None where the server does not tell."""
+    details = reply["usage"].get("prompt_tokens_details")
+    return None if details is None else int(details.get("cached_tokens") or 0)
 
 
 def _tail_scores(reply: dict[str, Any], response: tuple[int, ...], top_k: int, client: VLLMClient) -> ResponseScores:
@@ -331,7 +352,7 @@ def _scores(
         topk_ids=torch.tensor([[token for token, _ in row] for row in top], dtype=torch.int64).reshape(shape),
         topk_logprobs=torch.tensor([[value for _, value in row] for row in top]).reshape(shape),
         num_tokens=num_tokens,
-        num_computed_tokens=num_tokens - _num_cached(reply),
+        num_computed_tokens=num_tokens - (_num_cached(reply) or 0),
     )
 
 

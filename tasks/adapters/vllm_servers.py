@@ -18,7 +18,7 @@ from tasks.adapters.vllm_command import server_command, server_environment
 from tasks.adapters.vllm_weights import reloadable
 from tasks.config import ModelConfig, ServersConfig, VLLMEngine
 from tasks.ports import Advance
-from vzero_core.errors import InputError
+from vzero_core.errors import InputError, VZeroError
 
 T = TypeVar("T")
 log = logging.getLogger("vzero.vllm")
@@ -48,13 +48,31 @@ class Work(Generic[T]):
 
 @dataclass
 class _Replica:
+    """A server and what is known of it.
+
+    Attributes:
+        number: among its like, from 0.
+        url: http://HOST:PORT.
+        process: None where the server was not started here.
+        named: what its replies must name as their weights; None where it names none.
+        max_model_len: tokens that it takes, prompt and response together.
+        sent: digests of the images it has been sent.
+        in_flight: tokens of the work that it does now.
+        usable: False where it was given up.
+        recovery: what brings it back now; until then it gets no work.
+        recoveries: how often it was brought back since its last good reply.
+        generation: changes when it was brought back.
+    """
+
     number: int
     url: str
     process: ServerProcess | None
+    named: str | None = None
+    max_model_len: int | None = None
     sent: set[str] = field(default_factory=set)
     in_flight: int = 0
     usable: bool = True
-    recovering: bool = False
+    recovery: asyncio.Task[None] | None = None
     recoveries: int = 0
     generation: int = 0
 
@@ -99,18 +117,17 @@ class VLLMServers:
         self._track = track
         self._folder = Path()
         self._digest = ""
-        self._named: str | None = None
         self._api_key = _api_key(servers)
         self._replicas: list[_Replica] = []
         self._changed: asyncio.Condition
-        self._failure: LostRequestError | None = None
+        self._failure: VZeroError | None = None
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
         self._closed = False
 
     @property
-    def weight_version(self) -> str | None:
-        """What every reply must name as its weights; None where the servers name none."""
-        return self._named
+    def max_model_len(self) -> int | None:
+        """Tokens that every server takes, prompt and response together; None where none of them says."""
+        return min((replica.max_model_len for replica in self._replicas if replica.max_model_len), default=None)
 
     def hold(self, folder: Path, digest: str) -> None:
         """Have every server hold the weights of a folder; the first call starts or finds the servers.
@@ -122,7 +139,7 @@ class VLLMServers:
         if self._replicas and digest == self._digest:
             return
         first = not self._replicas
-        self._folder, self._digest, self._named = folder, digest, digest
+        self._folder, self._digest = folder, digest
         try:
             if not first:
                 self._until_closed(self._exchange())
@@ -224,24 +241,29 @@ class VLLMServers:
         replica.sent.clear()
         async with self._client(replica) as client:
             try:
-                await self._require_configured(client)
+                await self._require_configured(replica, client)
                 await client.name_weights(self._digest)
+                replica.named = self._digest
             except LostRequestError as error:
                 raise ServerError(f"vLLM server is lost as soon as it is started: {error}") from error
 
     async def _attach(self) -> None:
-        for replica in self._replicas:
-            async with self._client(replica) as client:
-                if not await self._comes_back(client, self._config.start_timeout):
-                    raise ServerError(
-                        f"vLLM server {replica.url} must answer, but it did not within {self._config.start_timeout:.0f}"
-                        f" s; start it, or correct placement.{self._role}_servers.urls"
-                    )
-                try:
-                    await self._require_configured(client)
-                    await self._take_over(replica, client)
-                except LostRequestError as error:
-                    raise ServerError(f"vLLM server is lost while it is attached to: {error}") from error
+        with self._track(f"attaching to vLLM: {self._role}", len(self._replicas)) as advance:
+            await together(self._attach_to(replica, advance) for replica in self._replicas)
+
+    async def _attach_to(self, replica: _Replica, advance: Advance) -> None:
+        async with self._client(replica) as client:
+            if problem := await self._wait_for(client, self._config.start_timeout):
+                raise ServerError(
+                    f"vLLM server {replica.url} must answer, but within {self._config.start_timeout:.0f} s it did not: "
+                    f"{problem}; start it, or correct placement.{self._role}_servers.urls"
+                )
+            try:
+                await self._require_configured(replica, client)
+                await self._take_over(replica, client)
+            except LostRequestError as error:
+                raise ServerError(f"vLLM server is lost while it is attached to: {error}") from error
+        advance(1)
 
     async def _take_over(self, replica: _Replica, client: VLLMClient) -> None:
         """Bring the weights of a server that was not started here to those that are wanted, or refuse it."""
@@ -256,31 +278,53 @@ class VLLMServers:
             copy = self._reload_dir.with_name(f"{self._reload_dir.name}-{replica.number}")
             with reloadable(self._folder, copy) as folder:
                 await client.load_weights(folder, self._digest)
+            replica.named = self._digest
         elif version in (None, _UNNAMED):
-            log.warning("%s does not name its weights; they are taken for those of %s", client.url, self._model.path)
-            self._named = version
+            log.warning(
+                "%s does not name its weights: they are taken for those of %s; name them by POST "
+                '/update_weight_version with {"new_version": "%s"}',
+                client.url,
+                self._model.path,
+                self._digest,
+            )
+            replica.named = version
         elif version != self._digest:
             raise InputError(
                 f"vLLM server {client.url} must hold the weights {self._digest} of {self._model.path}, but it names "
                 f"{version}; start it with the right model"
             )
+        else:
+            replica.named = version
 
-    async def _require_configured(self, client: VLLMClient) -> None:
+    async def _require_configured(self, replica: _Replica, client: VLLMClient) -> None:
         if (version := await client.version()) != self._engine.version:
             raise InputError(
                 f"vLLM server {client.url} must be version {self._engine.version} ({self._role}.engine.version), got "
                 f"{version}; change one of them: what is computed is named by it"
             )
-        if self._config.served_name not in (names := await client.served_names()):
+        models = await client.models()
+        if self._config.served_name not in models:
             raise InputError(
                 f"vLLM server {client.url} must serve {self._config.served_name!r} "
-                f"(placement.{self._role}_servers.served_name), got {names}; start it with --served-model-name"
+                f"(placement.{self._role}_servers.served_name), got {sorted(models)}; start it with --served-model-name"
             )
+        replica.max_model_len = models[self._config.served_name]
+        # One of our own was given both on its command line.
+        if replica.process is None and (computes := await client.arithmetic()) is not None:
+            wanted = (self._model.dtype, self._engine.quantization)
+            if computes[0] != wanted[0] or (wanted[1] is not None and computes[1] != wanted[1]):
+                raise InputError(
+                    f"vLLM server {client.url} must compute in {wanted[0]} with quantization {wanted[1]} "
+                    f"({self._role}.dtype, {self._role}.engine.quantization), got {computes[0]} with {computes[1]}; "
+                    "start it with --dtype and --quantization accordingly"
+                )
 
     async def _exchange(self) -> None:
         # A server of another's that was given up is looked at when there is work, while others are left.
         kept = [replica for replica in self._replicas if replica.usable or replica.process is not None]
         replicas = kept or self._replicas
+        for replica in self._replicas:
+            replica.named = self._digest
         with reloadable(self._folder, self._reload_dir) as folder:
             await together(self._exchange_on(replica, folder) for replica in replicas)
         if not any(replica.usable for replica in replicas):
@@ -304,12 +348,19 @@ class VLLMServers:
         self._changed = asyncio.Condition()
         self._failure = None
         for replica in self._replicas:
-            replica.recovering, replica.recoveries, replica.in_flight = False, 0, 0
+            replica.recoveries, replica.in_flight = 0, 0
         await together(self._look_again(replica) for replica in self._replicas if not replica.usable)
         if not any(replica.usable for replica in self._replicas):
             raise ServerError(f"vLLM: no server of the {self._role} is left; start one of {self._config.urls} again")
-        async with self._session() as session:
-            return await together(self._do(work, session, advance) for work in works)
+        try:
+            async with self._session() as session:
+                return await together(self._do(work, session, advance) for work in works)
+        finally:
+            # All is done without them; the next run looks at them again.
+            recoveries = [replica.recovery for replica in self._replicas if replica.recovery is not None]
+            for recovery in recoveries:
+                recovery.cancel()
+            await asyncio.gather(*recoveries, return_exceptions=True)
 
     async def _look_again(self, replica: _Replica) -> None:
         """Use a server again that was given up: one of our own is started by the first request that it loses."""
@@ -322,6 +373,11 @@ class VLLMServers:
             generation = replica.generation
             try:
                 result = await work.call(self._client_of(session, replica))
+            except (KeyError, IndexError, TypeError) as error:
+                raise ServerError(
+                    f"vLLM server {replica.url} must answer as vLLM 0.32 does, but its reply cannot be read "
+                    f"({type(error).__name__}: {error}); use a version that is tested"
+                ) from error
             except LostRequestError as error:
                 lost_on = replica
                 log.warning("%s (try %d of %d)", error, attempt, MAX_ATTEMPTS)
@@ -332,7 +388,7 @@ class VLLMServers:
                     ) from error
                 # What was lost before the server came back says nothing of it now.
                 if generation == replica.generation:
-                    await self._recover(replica, error)
+                    self._suspect(replica, error)
             else:
                 replica.recoveries = 0
                 advance(1)
@@ -352,13 +408,13 @@ class VLLMServers:
             return [
                 replica
                 for replica in others or usable
-                if not replica.recovering and (replica.in_flight == 0 or replica.in_flight + num_tokens <= limit)
+                if replica.recovery is None and (replica.in_flight == 0 or replica.in_flight + num_tokens <= limit)
             ]
 
         async with self._changed:
             await self._changed.wait_for(lambda: self._failure is not None or bool(free()))
             if self._failure is not None:
-                raise ServerError(f"vLLM: no server of the {self._role} is left; the last one: {self._failure}")
+                raise self._failure
             replica = min(free(), key=lambda replica: replica.in_flight)
             replica.in_flight += num_tokens
             return replica
@@ -368,22 +424,32 @@ class VLLMServers:
             replica.in_flight -= num_tokens
             self._changed.notify_all()
 
+    def _suspect(self, replica: _Replica, error: LostRequestError) -> None:
+        """Have a server looked at beside the work, which goes on elsewhere; the first lost request has it done."""
+        if replica.recovery is None and replica.usable:
+            replica.recovery = asyncio.create_task(self._recover(replica, error))
+
     async def _recover(self, replica: _Replica, error: LostRequestError) -> None:
-        """See whether a server is well, and bring it back where it is not; the first who lost a request does it."""
-        if replica.recovering or not replica.usable:
-            return
-        replica.recovering = True
+        failure: VZeroError | None = None
+        replica.recoveries += 1
         try:
-            replica.recoveries += 1
             replica.usable = replica.recoveries <= MAX_RECOVERIES and await self._bring_back(
                 replica, self._config.start_timeout
             )
+        except VZeroError as refusal:
+            # It came back as another server than configured.
+            failure = refusal
+        except asyncio.CancelledError:
+            # Another's server is not waited for where work can do without it.
+            replica.usable = replica.process is not None
+            raise
         finally:
-            replica.recovering = False
+            replica.recovery = None
             replica.generation += 1
         async with self._changed:
-            if not any(other.usable for other in self._replicas):
-                self._failure = error
+            if failure is None and not any(other.usable for other in self._replicas):
+                failure = ServerError(f"vLLM: no server of the {self._role} is left; the last one: {error}")
+            self._failure = self._failure or failure
             self._changed.notify_all()
 
     async def _bring_back(self, replica: _Replica, patience: float) -> bool:
@@ -396,14 +462,16 @@ class VLLMServers:
         async with self._client(replica) as client:
             try:
                 if replica.process is None:
-                    if not await self._comes_back(client, patience):
+                    if problem := await self._wait_for(client, patience):
+                        if patience > 0:
+                            log.warning("%s is given up: %s", client.url, problem)
                         return False
-                    await self._require_configured(client)
-                    if await client.weight_version() != self._named:
+                    await self._require_configured(replica, client)
+                    if await client.weight_version() != replica.named:
                         await self._take_over(replica, client)
                     return True
-                alive = replica.process.is_running() and await client.is_healthy(HEALTH_TIMEOUT)
-                if alive and await client.weight_version() == self._named and replica.recoveries <= 1:
+                alive = replica.process.is_running() and await client.problem(HEALTH_TIMEOUT) is None
+                if alive and await client.weight_version() == replica.named and replica.recoveries <= 1:
                     return True
             except LostRequestError as error:
                 log.warning("%s", error)
@@ -420,18 +488,17 @@ class VLLMServers:
             return False
         return True
 
-    async def _comes_back(self, client: VLLMClient, patience: float) -> bool:
+    async def _wait_for(self, client: VLLMClient, patience: float) -> str | None:
+        """Wait until a server answers; give what was wrong at the last try, None where it answers."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
-        if await client.is_healthy(HEALTH_TIMEOUT):
-            return True
-        if patience > 0:
-            log.warning("waiting up to %.0f s for the vLLM server %s", patience, client.url)
-        while loop.time() < deadline:
+        problem = await client.problem(HEALTH_TIMEOUT)
+        if problem is not None and patience > 0:
+            log.warning("waiting up to %.0f s for the vLLM server %s: %s", patience, client.url, problem)
+        while problem is not None and loop.time() < deadline:
             await asyncio.sleep(1.0)
-            if await client.is_healthy(HEALTH_TIMEOUT):
-                return True
-        return False
+            problem = await client.problem(HEALTH_TIMEOUT)
+        return problem
 
     # --- connections --------------------------------------------------------------------------------------------
 
@@ -448,7 +515,7 @@ class VLLMServers:
             yield self._client_of(session, replica)
 
     def _client_of(self, session: aiohttp.ClientSession, replica: _Replica) -> VLLMClient:
-        return VLLMClient(session, replica.url, self._config.served_name, replica.sent)
+        return VLLMClient(session, replica.url, self._config.served_name, replica.named, replica.sent)
 
 
 def _api_key(servers: ServersConfig) -> str | None:

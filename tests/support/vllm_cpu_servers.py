@@ -33,9 +33,9 @@ def on_vllm(path: str) -> ModelConfig:
 
 
 def cpu_servers(**changes: Any) -> ServersConfig:
-    """Servers from that environment."""
-    values = {"command": COMMAND, "start_timeout": START_TIMEOUT, **changes}
-    return ServersConfig.model_validate(values)
+    """Servers from that environment, or such as run already."""
+    values = changes if "urls" in changes else {"command": COMMAND, **changes}
+    return ServersConfig.model_validate({"start_timeout": START_TIMEOUT, **values})
 
 
 def make_engine(model: ModelConfig, config: ServersConfig, work_dir: Path, *, exchangeable: bool = True) -> VLLMEngine:

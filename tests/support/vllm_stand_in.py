@@ -62,6 +62,9 @@ class StandIn:
         version: str = VERSION,
         served_name: str = "vzero",
         weights: str = "default",
+        dtype: str = "float32",
+        quantization: str | None = None,
+        max_model_len: int | None = None,
         api_key: str | None = None,
         dev_mode: bool = True,
         scores_given_ids: bool = False,
@@ -79,6 +82,9 @@ class StandIn:
             version: of vLLM.
             served_name: of the model.
             weights: name of the weights.
+            dtype: arithmetic.
+            quantization: of the weights.
+            max_model_len: tokens of prompt and response together.
             api_key: that it asks for.
             dev_mode: the routes that exchange weights are there.
             scores_given_ids: takes `prompt_logprob_token_ids`, as vLLM's newer runner does.
@@ -93,6 +99,9 @@ class StandIn:
         self.version = version
         self.served_name = served_name
         self.weights = weights
+        self.dtype = dtype
+        self.quantization = quantization
+        self.max_model_len = max_model_len
         self.api_key = api_key
         self.dev_mode = dev_mode
         self.scores_given_ids = scores_given_ids
@@ -226,10 +235,13 @@ class StandIn:
             case "/version":
                 return web.json_response({"version": self.version})
             case "/v1/models":
-                return web.json_response({"data": [{"id": self.served_name}]})
+                return web.json_response({"data": [{"id": self.served_name, "max_model_len": self.max_model_len}]})
         if not self.dev_mode:
             return web.json_response({"detail": "Not Found"}, status=404)
         match asked.path:
+            case "/server_info":
+                model = {"dtype": f"torch.{self.dtype}", "quantization": self.quantization}
+                return web.json_response({"vllm_config": {"model_config": model}})
             case "/weight_info":
                 return web.json_response({"weight_version": self.weights})
             case "/update_weight_version":
@@ -275,7 +287,7 @@ class StandIn:
         }
         if (top_k := sampling.get("prompt_logprobs")) is not None:
             reply["prompt_logprobs"] = [None, *(_row(prompt[:at], prompt[at], top_k) for at in range(1, len(prompt)))]
-            for row in reply["prompt_logprobs"][1:cached]:
+            for row in reply["prompt_logprobs"][1 : cached + 1]:
                 for entry in row.values():
                     entry["logprob"] = GARBAGE
         if (wanted := sampling.get("prompt_logprob_token_ids")) is not None:

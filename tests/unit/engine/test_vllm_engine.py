@@ -43,7 +43,12 @@ def make(tmp_path: Path) -> Iterator[Callable[..., tuple[VLLMEngine, StandIn]]]:
     with ExitStack() as stack:
 
         def engine(
-            *, read_prefix_cache: bool = False, role: str = "student", request_timeout: float = 5.0, **settings: Any
+            *,
+            folder: Path = FOLDER,
+            read_prefix_cache: bool = False,
+            role: str = "student",
+            request_timeout: float = 5.0,
+            **settings: Any,
         ) -> tuple[VLLMEngine, StandIn]:
             server = stack.enter_context(StandIn(**{"visual_tokens": visual_tokens, **settings}))
             servers = VLLMServers(
@@ -55,9 +60,9 @@ def make(tmp_path: Path) -> Iterator[Callable[..., tuple[VLLMEngine, StandIn]]]:
                 threads=1,
                 track=lambda *_: nullcontext(lambda _: None),
             )
-            made = VLLMEngine(servers, FOLDER, read_prefix_cache=read_prefix_cache)
+            made = VLLMEngine(servers, folder, read_prefix_cache=read_prefix_cache)
             stack.callback(made.close)
-            made.load_weights(FOLDER, "policy-0")
+            made.load_weights(folder, "policy-0")
             server.asked.clear()
             return made, server
 
@@ -282,7 +287,8 @@ def test_a_server_that_sees_another_prompt_is_refused(
     number = len(expanded(processor, prompt))
     with pytest.raises(
         InputError,
-        match=rf"{server.url} must see a prompt as its processor does, {number} tokens with 1 images, but it sees",
+        match=rf"{server.url} must see a prompt as its processor does, ({number} tokens with 1 images|with token 4 as "
+        r"number 0 outside images), but it sees",
     ):
         call(engine, [prompt])
 
@@ -608,3 +614,70 @@ def test_responses_name_the_weights_that_were_loaded_last(
     asked = len(server.asked)
     engine.load_weights(other, "policy-1")
     assert len(server.asked) == asked
+
+
+# --- limits and forms ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("call", "room"), [(sample, 6), (score, max(map(len, RESPONSES)) + 1)])
+def test_a_prompt_too_long_for_the_server_is_refused_before_it_is_sent(
+    call: Callable[..., Any],
+    room: int,
+    make: Callable[..., tuple[VLLMEngine, StandIn]],
+    processor: PromptProcessor,
+) -> None:
+    (prompt, _) = prompts(processor)
+    needed = len(expanded(processor, prompt)) + room
+    engine, _ = make(max_model_len=needed)
+    call(engine, [prompt])
+    engine, server = make(max_model_len=needed - 1)
+    with pytest.raises(InputError, match=rf"at most the {needed - 1} tokens .*max_model_len.*, got {needed}"):
+        call(engine, [prompt])
+    assert "/inference/v1/generate" not in server.paths()
+
+
+@pytest.mark.parametrize(("call", "key"), [(sample, "choices"), (score, "prompt_logprobs")])
+def test_a_reply_of_another_form_stops_the_run(
+    call: Callable[..., Any],
+    key: str,
+    make: Callable[..., tuple[VLLMEngine, StandIn]],
+    processor: PromptProcessor,
+) -> None:
+    engine, _ = make(alter=lambda _, reply: reply.pop(key))
+    with pytest.raises(ServerError, match=rf"its reply cannot be read \(KeyError: '{key}'\)"):
+        call(engine, prompts(processor))
+
+
+def test_a_server_that_does_not_tell_what_it_cached_is_not_trusted(
+    make: Callable[..., tuple[VLLMEngine, StandIn]], processor: PromptProcessor
+) -> None:
+    engine, _ = make(read_prefix_cache=True, alter=lambda _, reply: reply["usage"].pop("prompt_tokens_details"))
+    wanted = prompts(processor)
+    require_right(processor, wanted, score(engine, wanted))
+
+
+# --- weights of folders that transformers writes otherwise than it found them ----------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
+def test_what_transformers_drops_may_be_lacking(
+    family: str, folders: dict[str, Path], tmp_path: Path, make: Callable[..., tuple[VLLMEngine, StandIn]]
+) -> None:
+    """Heads for speculative decoding, and an output layer whose weights are the input embedding's."""
+    first = tmp_path / "first"
+    shutil.copytree(folders[family], first)
+    extra = "mtp.fc.weight" if family == "qwen3_5" else "lm_head.weight"
+    save_file({extra: torch.zeros(2, 2)}, first / "extra.safetensors", metadata={"format": "pt"})
+    written = tmp_path / "written"
+    shutil.copytree(folders[family], written)
+    engine, server = make(folder=first)
+    engine.load_weights(written, "policy-1")
+    assert server.weights == "policy-1"
+
+    # What the model cannot do without may not be lacking.
+    tensors = load_file(written / "model.safetensors")
+    del tensors["model.visual.patch_embed.proj.bias"]
+    save_file(tensors, written / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"differ in name or shape: model\.visual\.patch_embed\.proj\.bias"):
+        engine.load_weights(written, "policy-2")
+    assert server.weights == "policy-1"

@@ -1,6 +1,7 @@
 """Every shipped configuration is valid; a wrong one is answered with what to do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from vzero_core.config import GateConfig, NoGateConfig, PolicyGradientLoss, pres
 from vzero_core.errors import ConfigError
 
 CONFIGS = sorted((PROJECT / "deployments" / "configs").glob("*.toml"))
+ON_VLLM = "[student]\nengine = { kind = 'vllm', version = '0.32.0' }\n"
+STUDENT_SERVERS = ON_VLLM + "[placement.student_servers]\n"
 
 
 def toml(folder: Path, text: str) -> Path:
@@ -22,6 +25,13 @@ def toml(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     load_config(path)
+
+
+def test_the_example_of_servers_is_valid(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", (PROJECT / "docs" / "VLLM.md").read_text(), re.DOTALL)
+    config = load_config(toml(tmp_path, example))
+    assert config.placement.student_servers.devices
+    assert config.placement.teacher_servers.urls
 
 
 def test_the_laptop_configuration_is_the_default() -> None:
@@ -55,12 +65,95 @@ def test_every_setting_is_described() -> None:
         ("preset = 'paper'\n[gate]\nalpha = 2", "remove .gate. or the preset"),
         ("preset = 'mine'", "preset"),
         ("name = 'a b'", "name"),
+        ("[student]\nengine = { version = '0.32.0' }", r'engine.version is no setting of .*; add kind = "vllm"$'),
+        ("[data.source]\npath = 'a.jsonl'", r'path is no setting of kind "small_world"; add kind = "jsonl" or '),
+        ("[gate]\nseed = 3", "gate.seed is no setting here; remove it"),
+        (
+            "[placement.student_servers]\nurls = ['http://host:8000']",
+            r"placement.student_servers has no effect with student.engine.kind transformers; "
+            r'set kind = "vllm" or remove it$',
+        ),
+        (
+            ON_VLLM + "[placement.teacher_servers]\nmax_tokens_in_flight = 5000",
+            "placement.teacher_servers has no effect with teacher.engine.kind transformers",
+        ),
+        (
+            ON_VLLM + "[placement]\nteacher_device = 'cuda'\n[placement.student_servers]\ndevices = ['0']",
+            "student_servers.devices must not hold placement.teacher_device, got cuda; choose another",
+        ),
+        (
+            ON_VLLM + "[sampling]\ntemperature = 3",
+            "sampling.temperature must be at most 2 on vLLM, got 3; lower it",
+        ),
         ("seed = ", "must be TOML"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(toml(tmp_path, text))
+
+
+def test_the_device_of_a_teacher_on_servers_is_not_used(tmp_path: Path) -> None:
+    teacher = ON_VLLM.replace("student", "teacher")
+    servers = "[placement]\nteacher_device = 'cuda'\n[placement.student_servers]\ndevices = ['0']"
+    load_config(toml(tmp_path, ON_VLLM + teacher + servers))
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "reason"),
+    [
+        # 1000 - 100 - 1: regions come with the data, and nobody responds to find them.
+        ("", 899, "student_servers.max_model_len 1000 - sampling.max_new_tokens 100 - 1 that replay"),
+        ("evaluate.max_new_tokens = 150\n", 849, "- evaluate.max_new_tokens 150 - 1"),
+        # The teacher's 900 - 200 - 1 is less than the student's 899.
+        (
+            "regions.proposer.kind = 'grid'\nteacher.engine = { kind = 'vllm', version = '0.32.0' }\n"
+            "placement.teacher_servers.max_model_len = 900\n",
+            699,
+            "teacher_servers.max_model_len 900 - regions.max_new_tokens 200 - 1",
+        ),
+        (
+            "teacher.engine = { kind = 'vllm', version = '0.32.0' }\nplacement.teacher_servers.max_model_len = 900\n",
+            799,
+            "teacher_servers.max_model_len 900 - sampling.max_new_tokens 100 - 1",
+        ),
+        # Of the student's servers nobody asks for regions.
+        ("regions.proposer.kind = 'grid'\n", 899, "- sampling.max_new_tokens 100 - 1"),
+    ],
+)
+def test_prompts_and_what_follows_them_fit_into_a_server(text: str, room: int, reason: str, tmp_path: Path) -> None:
+    lengths = "sampling.max_new_tokens = 100\nregions.max_new_tokens = 200\n"
+    if "evaluate" not in text:
+        lengths += "evaluate.max_new_tokens = 50\n"
+    servers = "student.engine = { kind = 'vllm', version = '0.32.0' }\nplacement.student_servers.max_model_len = 1000\n"
+    everything = lengths + servers + text
+    message = rf"data.max_prompt_tokens must be at most {room} \(.*{reason}.*\), got {{}}; set it to {room}$"
+    with pytest.raises(ConfigError, match=message.format("none")):
+        load_config(toml(tmp_path, everything))
+    with pytest.raises(ConfigError, match=message.format(room + 1)):
+        load_config(toml(tmp_path, f"{everything}data.max_prompt_tokens = {room + 1}"))
+    assert load_config(toml(tmp_path, f"{everything}data.max_prompt_tokens = {room}")).data.max_prompt_tokens == room
+
+
+def test_a_server_that_holds_no_prompt_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be at most 0 \(.* 9 - .* 8 - 1 .*\), got none; raise max_model_len$"):
+        load_config(toml(tmp_path, STUDENT_SERVERS + "max_model_len = 9"))
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [
+        "['http://user:hunter2@host:8000']",
+        "['http://host', 'http://hunter2@host:8000']",
+        "'http://user:hunter2@host:8000'",
+        "['http://user:hunter2@[::1']",
+        "['http://user:hunter2@host:8000/v1']",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(urls: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"urls must hold no user name and no password.*api_key_variable") as refused:
+        load_config(toml(tmp_path, STUDENT_SERVERS + f"urls = {urls}"))
+    assert "hunter2" not in f"{refused.value} {refused.value.__cause__}"
 
 
 def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:

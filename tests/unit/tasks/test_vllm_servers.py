@@ -425,8 +425,8 @@ def test_attaching_gives_a_server_the_weights(stand_in: Callable[..., StandIn], 
     assert not any(server.asked for server in stand_ins)
     servers.hold(STUDENT, "policy-0")
     for server in stand_ins:
-        assert server.paths() == ["/version", "/v1/models", "/weight_info", *EXCHANGE]
-        assert server.weights == servers.weight_version == "policy-0"
+        assert server.paths() == ["/version", "/v1/models", "/server_info", "/weight_info", *EXCHANGE]
+        assert server.weights == servers._replicas[0].named == "policy-0"
 
 
 def test_the_digest_that_is_held_is_no_work(stand_in: Callable[..., StandIn], held: Callable[..., Any]) -> None:
@@ -446,7 +446,7 @@ def test_new_weights_go_to_all_servers(
         server.asked.clear()
         server.loaded.clear()
     servers.hold(TEACHER, "policy-1")
-    assert servers.weight_version == "policy-1"
+    assert {replica.named for replica in servers._replicas} == {"policy-1"}
     for server in stand_ins:
         assert server.paths() == EXCHANGE
         assert [asked.query for asked in server.asked if asked.path == "/pause"] == ["mode=wait&clear_cache=true"]
@@ -494,11 +494,12 @@ def test_a_start_that_failed_is_tried_again(stand_in: Callable[..., StandIn], ma
     server = stand_in()
     servers = make(server, start_timeout=0.5)
     server.stop()
-    with pytest.raises(ServerError, match=r"must answer, but it did not within 0 s.*placement\.student_servers\.urls"):
+    message = r"must answer, but within 0 s it did not: Cannot connect.*placement\.student_servers\.urls"
+    with pytest.raises(ServerError, match=message):
         servers.hold(STUDENT, "policy-0")
     server.start()
     servers.hold(STUDENT, "policy-0")
-    assert server.paths() == ["/version", "/v1/models", "/weight_info", *EXCHANGE]
+    assert server.paths() == ["/version", "/v1/models", "/server_info", "/weight_info", *EXCHANGE]
 
 
 # --- servers that are not what was configured ---------------------------------------------------------------------
@@ -580,15 +581,52 @@ def test_a_teacher_is_taken_as_it_is(
     servers = make(server, role="teacher", exchangeable=False)
     servers.hold(TEACHER, "mine")
     servers.hold(TEACHER, "mine")
-    assert server.paths() == ["/version", "/v1/models", "/weight_info"]
-    assert servers.weight_version == named
+    assert server.paths() == ["/version", "/v1/models", "/server_info", "/weight_info"]
+    assert servers._replicas[0].named == named
     warned = [record.getMessage() for record in caplog.records if "does not name its weights" in record.getMessage()]
     assert len(warned) == (named != "mine")
     assert len(do(servers, [work(prompt(0))])) == 1
     # And after a request is lost it is still the same.
     server.fault = first_times("cut", [prompt(1)])
     assert len(do(servers, [work(prompt(1))])) == 1
-    assert servers.weight_version == named
+    assert servers._replicas[0].named == named
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "float16", "quantization": "fp8"}])
+def test_a_server_that_computes_otherwise_is_refused(
+    settings: dict[str, Any], stand_in: Callable[..., StandIn], make: Callable[..., VLLMServers]
+) -> None:
+    servers = make(stand_in(**settings), role="teacher", exchangeable=False)
+    with pytest.raises(InputError, match=rf"must compute in float32 .*teacher\.dtype.* got {settings['dtype']} with"):
+        servers.hold(TEACHER, "mine")
+
+
+def test_of_two_teachers_one_may_name_its_weights(
+    stand_in: Callable[..., StandIn], make: Callable[..., VLLMServers]
+) -> None:
+    """Each is held to what it names itself."""
+    servers = make(stand_in(weights="mine"), stand_in(), role="teacher", exchangeable=False)
+    servers.hold(TEACHER, "mine")
+    assert [replica.named for replica in servers._replicas] == ["mine", "default"]
+
+    async def named(client: VLLMClient) -> tuple[str, str | None]:
+        return client.url, client.weights
+
+    expected = {replica.url: replica.named for replica in servers._replicas}
+    assert {expected[url] == weights for url, weights in do(servers, [Work(1, named)] * 8)} == {True}
+
+
+def test_lost_work_does_not_wait_for_the_server_that_lost_it(
+    stand_in: Callable[..., StandIn], held: Callable[..., VLLMServers]
+) -> None:
+    dead, living = stand_in(), stand_in()
+    servers = held(dead, living, start_timeout=600.0, max_tokens_in_flight=16)
+    dead.stop()
+    # The dead one is waited for ten minutes; `do` gives up far sooner.
+    prompts = [prompt(number) for number in range(12)]
+    assert responses(do(servers, [work(ids) for ids in prompts])) == [answer(ids) for ids in prompts]
+    servers.hold(TEACHER, "policy-1")
+    assert responses(do(servers, [work(ids) for ids in prompts])) == [answer(ids) for ids in prompts]
 
 
 # --- images -------------------------------------------------------------------------------------------------------
