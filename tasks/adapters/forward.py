@@ -160,7 +160,7 @@ def response_hidden(model: PreTrainedModel, prefix: Prefix, responses: torch.Ten
     return torch.cat([first, rest], dim=1)
 
 
-def output_layer(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Give the logits of last hidden states; [..., V] in the model's dtype."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
     return logits
@@ -191,28 +191,18 @@ def _cut(inputs: ModelInputs, start: int, end: int | None, images: slice) -> Mod
     return cut
 
 
-def response_logits(
-    model: PreTrainedModel, prompts: Sequence[ModelInputs], responses: torch.Tensor, *, shared: bool
-) -> torch.Tensor:
-    """Give the logits that predict each response token, the first one included.
+def response_logits(model: PreTrainedModel, prompts: Sequence[ModelInputs], responses: torch.Tensor) -> torch.Tensor:
+    """Give the logits that predict each response token, the first one included, by one plain pass over all tokens.
 
     Args:
         model: any image-text-to-text model.
-        prompts: N encoded prompts of equal signature.
-        responses: [B, T] int64, B = N * G in the prompts' order, padded on the right with any text token.
-        shared: compute each prompt once and continue from its cache; else once per response, in one plain pass.
+        prompts: B encoded prompts of equal signature, one per response.
+        responses: [B, T] int64, padded on the right with any text token.
 
     Returns:
         [B, T, V] in the model's dtype; row k of a response depends on its tokens before k alone.
     """
     responses = responses.to(model.device)
-    num_responses = len(responses) // len(prompts)
-    if not shared:
-        return _plain_logits(model, [prompt for prompt in prompts for _ in range(num_responses)], responses)
-    return output_layer(model, response_hidden(model, prefill(model, prompts, num_responses), responses))
-
-
-def _plain_logits(model: PreTrainedModel, prompts: Sequence[ModelInputs], responses: torch.Tensor) -> torch.Tensor:
     inputs = {name: tensor.to(model.device) for name, tensor in stack(prompts).items()}
     positions, next_position = prompt_positions(model, inputs)
     num_steps = responses.shape[1]
@@ -228,9 +218,3 @@ def _plain_logits(model: PreTrainedModel, prompts: Sequence[ModelInputs], respon
         logits_to_keep=num_steps + 1,
     ).logits
     return logits[:, :-1]
-
-
-def can_share_prompt(model: PreTrainedModel) -> bool:
-    """Tell whether gradients through a shared prompt's cache are right: full attention in all layers."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None)
-    return layer_types is None or set(layer_types) == {"full_attention"}

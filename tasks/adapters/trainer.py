@@ -11,18 +11,22 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tasks.adapters.dataset import Dataset
-from tasks.adapters.forward import can_share_prompt, response_logits
+from tasks.adapters.forward import response_logits
 from tasks.adapters.models import CONFIG_SUFFIXES, load_model, model_folder, weights_digest
-from tasks.adapters.prompts import PromptProcessor, end_of_turn_ids
+from tasks.adapters.output_layer import TokenScores, score_logits, score_tokens
+from tasks.adapters.packed import packed_hidden, shares_prompt_exactly
+from tasks.adapters.prompts import PromptProcessor, banned_ids, end_of_turn_ids
 from tasks.adapters.store import Store
 from tasks.adapters.training_data import (
     CheckpointJob,
@@ -35,17 +39,17 @@ from tasks.adapters.training_data import (
 )
 from tasks.adapters.transformers_engine import pad_right
 from tasks.artifacts import ArtifactRef
-from tasks.config import EngineFingerprint, OptimizerConfig
+from tasks.config import EngineFingerprint, OptimizerConfig, PromptConfig
 from vzero_core.config import ForwardKLTopKLoss
-from vzero_core.divergence import topk_with_rest
 from vzero_core.errors import InputError
 from vzero_core.importance import importance_weights
 from vzero_core.losses import TopK, gated_distillation_loss
-from vzero_core.masking import at_least_float32, masked_sum
 
 log = logging.getLogger("vzero.trainer")
 
 POLICY = "policy.json"
+CHECK_SIZE, CHECK_TOKENS = (64, 64), 4
+"""Picture in pixels, and tokens a response, of the input by which packed rows are checked."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Trainer:
             student: path of the model that round 1 starts from.
             work_dir: local folder for current weights.
             device: torch device.
-            max_batch_tokens: tokens of one forward batch, counting the prompt once per response.
+            max_batch_tokens: tokens of one forward batch, padding included; a prompt counts once for its responses,
+                or once for each where the model takes no packed rows.
         """
         self._store = store
         self._dataset = dataset
@@ -160,10 +165,21 @@ class Trainer:
         self._model = load_model(folder, "float32" if mixed else engine.dtype, self._device)
         self._autocast = torch.autocast(self._model.device.type, torch.bfloat16, enabled=mixed)
         self._processor = PromptProcessor(folder)
-        self._pad_id = end_of_turn_ids(self._model.generation_config, self._processor)[0]
-        self._shared = can_share_prompt(self._model)
+        ends = end_of_turn_ids(self._model.generation_config, self._processor)
+        self._pad_id = ends[0]
+        self._shared = self._shares_prompt(ends)
         self._optimizer = torch.optim.AdamW(self._model.parameters())
         self._num_updates = 0
+
+    def _shares_prompt(self, end_ids: Sequence[int]) -> bool:
+        picture = Image.new("RGB", CHECK_SIZE)
+        prompt = self._processor.encode(self._processor.prompt("?", [picture], PromptConfig()))
+        banned = set(banned_ids(self._model.config, self._processor, end_ids))
+        words = torch.tensor(list(islice((token for token in count() if token not in banned), CHECK_TOKENS)))
+        shared = shares_prompt_exactly(self._model, prompt, torch.stack([words, words.flip(0)]))
+        if not shared:
+            log.warning("the student's prompts are computed once for each response: packed rows would differ")
+        return shared
 
     def _load_checkpoint(self, ref: ArtifactRef, engine: EngineFingerprint) -> None:
         folder = self._work_dir / f"resumed-{ref.key}"
@@ -260,13 +276,11 @@ class Trainer:
         """Log-probs of all responses under the policy as the round begins, and its mean entropy, nats."""
         found: dict[int, Tensor] = {}
         entropy = 0.0
-        for batch in micro_batches(rows, range(len(rows)), self._max_batch_tokens):
-            responses, mask = self._responses([rows[index] for index in batch])
-            logprobs = self._logits(rows, batch, responses).log_softmax(-1)
-            entropy += masked_sum(-(logprobs.exp() * logprobs).sum(-1), mask).sum().item()
-            own = logprobs.gather(-1, responses[..., None])[..., 0]
-            for position, index in enumerate(batch):
-                found[index] = own[position, : len(rows[index].token_ids)]
+        for batch in micro_batches(rows, range(len(rows)), self._max_batch_tokens, shared=self._shared):
+            chosen = [rows[index] for index in batch]
+            scores = self._scores(chosen)
+            entropy += scores.entropy.sum().item()
+            found |= zip(batch, _split(scores.logprobs, chosen), strict=True)
         return found, entropy / sum(len(row.token_ids) for row in rows)
 
     def _update(
@@ -279,7 +293,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(len(rows[index].token_ids) for index in mini_batch)
         total = 0.0
-        for batch in micro_batches(rows, mini_batch, self._max_batch_tokens):
+        for batch in micro_batches(rows, mini_batch, self._max_batch_tokens, shared=self._shared):
             loss = self._loss(job, rows, batch, old_logprobs, len(mini_batch), num_tokens)
             loss.backward()
             total += loss.item()
@@ -301,14 +315,18 @@ class Trainer:
         num_tokens: int,
     ) -> Tensor:
         chosen = [rows[index] for index in batch]
-        responses, mask = self._responses(chosen)
-        logits = self._logits(rows, batch, responses)
         topk = None
         if isinstance(job.loss, ForwardKLTopKLoss):
-            ids = self._pad([torch.tensor(row.topk_ids) for row in chosen])
-            policy_topk, policy_rest = topk_with_rest(logits, ids)
-            teacher_topk = self._pad([torch.tensor(row.topk_logprobs) for row in chosen])
-            topk = TopK(policy_logprobs=policy_topk, policy_rest=policy_rest, teacher_logprobs=teacher_topk)
+            topk_ids = torch.tensor([ids for row in chosen for ids in row.topk_ids], device=self._device)
+            scores = self._scores(chosen, topk_ids)
+            topk = TopK(
+                policy_logprobs=self._pad(_split(scores.topk_logprobs, chosen)),
+                policy_rest=self._pad(_split(scores.rest, chosen)),
+                teacher_logprobs=self._pad([torch.tensor(row.topk_logprobs) for row in chosen]),
+            )
+        else:
+            scores = self._scores(chosen)
+        mask = self._pad([torch.ones(len(row.token_ids), dtype=torch.bool) for row in chosen])
         old = self._pad([old_logprobs[index] for index in batch])
         weights = self._pad([torch.tensor(row.weights) for row in chosen])
         if job.optimizer.importance_cap is not None:
@@ -316,7 +334,7 @@ class Trainer:
             weights = weights * importance_weights(old, sampler, mask, job.optimizer.importance_cap)
         return gated_distillation_loss(
             job.loss,
-            policy_logprobs=logits.log_softmax(-1).gather(-1, responses[..., None])[..., 0],
+            policy_logprobs=self._pad(_split(scores.logprobs, chosen)),
             teacher_logprobs=self._pad([torch.tensor(row.teacher_logprobs) for row in chosen]),
             response_mask=mask,
             weights=weights if weights.shape == mask.shape else weights[:, 0],
@@ -326,17 +344,23 @@ class Trainer:
             topk=topk,
         )
 
-    def _logits(self, rows: Sequence[TrainingRow], batch: Sequence[int], responses: Tensor) -> Tensor:
-        prompts = [rows[index].inputs for index in batch]
-        if self._shared:
-            prompts = list({rows[index].sample_id: rows[index].inputs for index in batch}.values())
-        with self._autocast:
-            return at_least_float32(response_logits(self._model, prompts, responses, shared=self._shared))
-
-    def _responses(self, rows: Sequence[TrainingRow]) -> tuple[Tensor, Tensor]:
+    def _scores(self, rows: Sequence[TrainingRow], topk_ids: Tensor | None = None) -> TokenScores:
+        """Score the tokens of a forward batch, one response after the other, without padding."""
         responses = pad_right([row.token_ids for row in rows], self._pad_id).to(self._device)
         lengths = torch.tensor([len(row.token_ids) for row in rows], device=self._device)
-        return responses, torch.arange(responses.shape[1], device=self._device) < lengths[:, None]
+        mask = torch.arange(responses.shape[1], device=self._device) < lengths[:, None]
+        with self._autocast:
+            if self._shared:
+                prompts = list({row.sample_id: row.inputs for row in rows}.values())
+                hidden = packed_hidden(self._model, prompts, responses)[mask]
+                return score_tokens(hidden, self._model.get_output_embeddings().weight, responses[mask], topk_ids)
+            logits = response_logits(self._model, [row.inputs for row in rows], responses)
+        return score_logits(logits[mask], responses[mask], topk_ids)
 
     def _pad(self, values: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True).to(self._device)
+
+
+def _split(values: Tensor, rows: Sequence[TrainingRow]) -> tuple[Tensor, ...]:
+    """Cut the values of a forward batch's tokens apart by response."""
+    return torch.split(values, [len(row.token_ids) for row in rows])

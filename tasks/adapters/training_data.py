@@ -114,29 +114,54 @@ def mini_batches(rows: Sequence[TrainingRow], job: TrainJob, epoch: int) -> list
     return [[index for sample_id in part for index in groups[sample_id]] for part in parts]
 
 
-def micro_batches(rows: Sequence[TrainingRow], indices: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
-    """Cut rows into forward batches: whole groups of prompts that can be stacked, within the token budget."""
+def micro_batches(
+    rows: Sequence[TrainingRow], indices: Sequence[int], max_batch_tokens: int, *, shared: bool
+) -> list[list[int]]:
+    """Cut rows into forward batches within a token budget; a group too large for it is cut too.
+
+    Args:
+        rows: a round's responses.
+        indices: those to cut.
+        max_batch_tokens: padding included; one response more than that is a batch of its own.
+        shared: a prompt counts once for its responses in a batch; else once for each.
+
+    Returns:
+        Positions in `rows`: prompts that can be stacked, with equally many responses each, which stand together.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
     for index in indices:
         groups[rows[index].sample_id].append(index)
     stacks: dict[object, list[list[int]]] = defaultdict(list)
     for members in groups.values():
-        stacks[signature(rows[members[0]].inputs), len(members)].append(members)
+        for part in _parts(rows, members, max_batch_tokens, shared):
+            stacks[signature(rows[part[0]].inputs), len(part)].append(part)
     batches = []
     for same in stacks.values():
         batch: list[int] = []
-        for members in same:
-            if batch and _cost(rows, [*batch, *members]) > max_batch_tokens:
+        for part in same:
+            # Two parts of one group would count as one prompt with more responses than the others have.
+            again = any(rows[index].sample_id == rows[part[0]].sample_id for index in batch)
+            if batch and (again or _cost(rows, [*batch, *part], shared) > max_batch_tokens):
                 batches.append(batch)
                 batch = []
-            batch = [*batch, *members]
+            batch = [*batch, *part]
         batches.append(batch)
     return batches
 
 
-def _cost(rows: Sequence[TrainingRow], batch: Sequence[int]) -> int:
+def _parts(rows: Sequence[TrainingRow], members: list[int], max_batch_tokens: int, shared: bool) -> list[list[int]]:
+    count = 1
+    while True:
+        parts = [members[start::count] for start in range(count)]
+        if count == len(members) or all(_cost(rows, part, shared) <= max_batch_tokens for part in parts):
+            return parts
+        count += 1
+
+
+def _cost(rows: Sequence[TrainingRow], batch: Sequence[int], shared: bool) -> int:
     longest = max(len(rows[index].token_ids) for index in batch)
-    return len(batch) * (num_tokens(rows[batch[0]].inputs) + longest)
+    num_prompts = len({rows[index].sample_id for index in batch}) if shared else len(batch)
+    return num_prompts * num_tokens(rows[batch[0]].inputs) + len(batch) * longest
 
 
 def divergences(

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from tasks.adapters.forward import Prefix, compute_stem, output_layer, prefill, response_hidden, stem_length
+from tasks.adapters.forward import Prefix, compute_stem, logits_of, prefill, response_hidden, stem_length
 from tasks.adapters.models import load_model
 from tasks.adapters.prompts import (
     ModelInputs,
@@ -90,7 +90,7 @@ class TransformersEngine:
             seeds = [seed for index in batch for seed in requests[index].seeds]
             uniform_BT = torch.from_numpy(_uniform(seeds, max_new_tokens)).to(self._model.device)
             eos = torch.tensor(self._eos_ids, device=self._model.device)
-            logits, tokens, logprobs = output_layer(self._model, prefix.hidden), [], []
+            logits, tokens, logprobs = logits_of(self._model, prefix.hidden), [], []
             finished = torch.zeros(len(seeds), dtype=torch.bool, device=self._model.device)
             for step in range(max_new_tokens):
                 chosen = self._choose(logits, uniform_BT[:, step], temperature)
@@ -154,7 +154,7 @@ class TransformersEngine:
         at_a_time = max(1, _OUTPUT_TOKENS // hidden.shape[1])
         for start in range(0, len(responses), at_a_time):
             part = slice(start, start + at_a_time)
-            logprobs = at_least_float32(output_layer(self._model, hidden[part])).log_softmax(-1)
+            logprobs = at_least_float32(logits_of(self._model, hidden[part])).log_softmax(-1)
             own = logprobs.gather(-1, responses_BT[part].to(logprobs.device)[..., None])[..., 0].cpu()
             values, ids = (tensor.cpu() for tensor in logprobs.topk(top_k, dim=-1))
             for row, response in enumerate(responses[part]):

@@ -219,9 +219,7 @@ def test_another_server_than_configured_is_refused(
 
 def test_a_prompt_of_more_tokens_than_the_server_takes_is_refused(student: VLLMEngine) -> None:
     long = student.processor.prompt("what color is the sign " * 60, [picture(64, 64, 0)], PromptConfig())
-    with pytest.raises(
-        InputError, match=r"at most the 256 tokens .*\(max_model_len\), got 322"
-    ):
+    with pytest.raises(InputError, match=r"at most the 256 tokens .*\(max_model_len\), got 322"):
         student.sample([SamplingRequest(long, (0,))], temperature=1.0, max_new_tokens=2, advance=ignore)
 
 

@@ -22,8 +22,6 @@ from transformers.models.qwen3_5 import Qwen3_5Config, Qwen3_5ForConditionalGene
 from transformers.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3_5", "idefics3")
-SHARING = ("qwen3_vl", "qwen2_5_vl", "idefics3")
-"""Families in which gradients may flow through a shared prompt."""
 
 WORDS = tuple(f"w{number}" for number in range(24))
 # The default of 0.02 would make all responses nearly equally likely, and any mistake nearly invisible.

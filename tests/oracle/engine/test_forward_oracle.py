@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from support.plain import PROMPT, plain_logits, prompts, words
-from support.tiny_models import FAMILIES, SHARING, picture
+from support.tiny_models import FAMILIES, picture
 from transformers import PreTrainedModel
 
-from tasks.adapters.forward import can_share_prompt, response_logits
+from tasks.adapters.forward import logits_of, prefill, response_hidden, response_logits
 from tasks.adapters.models import load_model
 from tasks.adapters.prompts import ModelInputs, PromptProcessor, signature
 from tasks.adapters.transformers_engine import pad_right
@@ -40,6 +40,16 @@ def case(folders: dict[str, Path]) -> Callable[..., Case]:
     return make
 
 
+def our_logits(
+    model: PreTrainedModel, inputs: Sequence[ModelInputs], responses: torch.Tensor, *, shared: bool
+) -> torch.Tensor:
+    """Logits of responses, equally many a prompt: continued from the prompt's cache, or by plain passes."""
+    per_prompt = len(responses) // len(inputs)
+    if shared:
+        return logits_of(model, response_hidden(model, prefill(model, inputs, per_prompt), responses))
+    return response_logits(model, [item for item in inputs for _ in range(per_prompt)], responses)
+
+
 def error(logits: torch.Tensor, model: PreTrainedModel, inputs: Sequence[ModelInputs], responses: Any) -> float:
     """Largest difference of any log-prob of any token from a plain pass."""
     per_prompt = len(responses) // len(inputs)
@@ -58,7 +68,7 @@ def test_logits_equal_a_plain_pass(
     family: str, sizes: list[tuple[int, int]], shared: bool, case: Callable[..., Case], float64_throughout: None
 ) -> None:
     model, inputs, responses = case(family, "float64", sizes)
-    logits = response_logits(model, inputs, pad_right(responses, 0), shared=shared)
+    logits = our_logits(model, inputs, pad_right(responses, 0), shared=shared)
     assert logits.shape[:2] == (len(responses), max(LENGTHS))
     assert error(logits, model, inputs, responses) <= EXACT
 
@@ -68,7 +78,7 @@ def test_logits_equal_a_plain_pass(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_a_plain_pass_in_float32(family: str, shared: bool, case: Callable[..., Case]) -> None:
     model, inputs, responses = case(family, "float32")
-    logits = response_logits(model, inputs, pad_right(responses, 0), shared=shared)
+    logits = our_logits(model, inputs, pad_right(responses, 0), shared=shared)
     limit = FLOAT32_QWEN3_5 if family == "qwen3_5" else FLOAT32
     assert error(logits, model, inputs, responses) <= limit
 
@@ -81,7 +91,7 @@ def test_the_first_token_is_predicted_by_the_prompt_alone(
 ) -> None:
     """The log-prob that is lost where responses are scored off by one."""
     model, inputs, responses = case(family, "float64")
-    logits = response_logits(model, inputs, pad_right(responses, 0), shared=shared)
+    logits = our_logits(model, inputs, pad_right(responses, 0), shared=shared)
     for row in range(len(responses)):
         prompt = inputs[row // 2]
         alone = model(**prompt, attention_mask=torch.ones_like(prompt["input_ids"])).logits[0, -1]
@@ -95,7 +105,7 @@ def test_the_first_token_is_predicted_by_the_prompt_alone(
 def test_responses_of_one_token(family: str, shared: bool, case: Callable[..., Case], float64_throughout: None) -> None:
     model, inputs, responses = case(family, "float64")
     single = [tokens[:1] for tokens in responses]
-    logits = response_logits(model, inputs, pad_right(single, 0), shared=shared)
+    logits = our_logits(model, inputs, pad_right(single, 0), shared=shared)
     assert logits.shape[1] == 1
     assert error(logits, model, inputs, single) <= EXACT
 
@@ -113,20 +123,15 @@ def test_prompts_with_different_numbers_of_images_stack_where_lengths_agree(
     assert signature(inputs[0]) == signature(inputs[1])
     model = load_model(folders[family], "float64", "cpu")
     responses = [words(processor, 3, seed) for seed in range(4)]
-    logits = response_logits(model, inputs, pad_right(responses, 0), shared=shared)
+    logits = our_logits(model, inputs, pad_right(responses, 0), shared=shared)
     assert error(logits, model, inputs, responses) <= EXACT
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_are_shared_in_training_under_full_attention_alone(family: str, folders: dict[str, Path]) -> None:
-    assert can_share_prompt(load_model(folders[family], "float32", "cpu")) == (family in SHARING)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_of_plain_passes(
     family: str, case: Callable[..., Case], float64_throughout: None
 ) -> None:
-    """Of all parameters, the vision tower's included, by the path that the trainer takes."""
+    """Of all parameters, the vision tower's included, by the path that the trainer takes without packed rows."""
     model, inputs, responses = case(family, "float64")
     factors = torch.randn(len(responses), max(LENGTHS), generator=torch.Generator().manual_seed(0)).double()
 
@@ -139,7 +144,7 @@ def test_gradients_equal_those_of_plain_passes(
         torch.stack(terms).sum().backward()
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
-    logits = response_logits(model, inputs, pad_right(responses, 0), shared=can_share_prompt(model))
+    logits = our_logits(model, inputs, pad_right(responses, 0), shared=False)
     found = gradients(lambda row: logits[row, : len(responses[row])].log_softmax(-1))
     plain = gradients(lambda row: plain_logits(model, inputs[row // 2], responses[row]).log_softmax(-1))
 

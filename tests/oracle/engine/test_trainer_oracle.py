@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.plain import plain_logits, plain_logprobs
 from support.training import TOP_K_LOSS, TrainingWorld
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from tasks.adapters import trainer
+from tasks.adapters.models import load_model
 from tasks.adapters.tables import read_rows
 from tasks.adapters.training_data import TrainingRow, TrainJob, mini_batches, read_training_rows
 from tasks.artifacts import Rollout
@@ -178,7 +181,6 @@ def test_a_round_with_importance_weights_equals_the_formulas(
 def test_other_families_equal_the_formulas(
     family: str, folders: dict[str, Path], tmp_path: Path, float64_throughout: None
 ) -> None:
-    """Qwen3.5, whose prompts are not shared in training, among them."""
     world = TrainingWorld(folders[family], tmp_path)
     job = world.job(loss=PAPER, optimizer=OPTIMIZER)
     update = world.trainer().train(job)
@@ -186,6 +188,45 @@ def test_other_families_equal_the_formulas(
     error, moved = distance(update.folder / "model", model, world.student)
     assert moved > 1e-3
     assert error <= 1e-10
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5"])
+def test_a_student_that_takes_no_packed_rows_is_trained_the_plain_way(
+    family: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    float64_throughout: None,
+) -> None:
+    world = TrainingWorld(folders[family], tmp_path)
+    job = world.job(loss=TOP_K_LOSS, weights="token", optimizer=CAPPED)
+    num_tokens = 0
+
+    def counted(*arguments: Any) -> PreTrainedModel:
+        def count(module: torch.nn.Module, ids: tuple[Tensor]) -> None:
+            nonlocal num_tokens
+            num_tokens += ids[0].numel()
+
+        model = load_model(*arguments)
+        model.get_input_embeddings().register_forward_pre_hook(count)
+        return model
+
+    monkeypatch.setattr(trainer, "load_model", counted)
+    packed = world.trainer("packed").train(job)
+    num_packed, num_tokens = num_tokens, 0
+    assert "once for each response" not in caplog.text
+    monkeypatch.setattr(trainer, "shares_prompt_exactly", lambda *arguments: False)
+    plain = world.trainer("plain").train(job)
+    assert "once for each response" in caplog.text
+    # The start-up check, of 3 prompts, is in the first of the two.
+    assert num_packed < 0.6 * num_tokens
+    found, expected = (load_file(update.folder / "model" / "model.safetensors") for update in (packed, plain))
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= 1e-10, name
+    assert packed.summary == pytest.approx(plain.summary, rel=1e-8)
+    assert (packed.folder / "model" / "config.json").read_text() == (plain.folder / "model" / "config.json").read_text()
 
 
 def test_a_round_equals_the_formulas_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """How a round is cut: into mini-batches, which change the result, and forward batches, which must not."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from support.training import OPTIMIZER, TrainingWorld
 
 from tasks.adapters.prompts import signature
@@ -65,10 +68,17 @@ def test_mini_batches_depend_on_seed_round_and_epoch_alone() -> None:
         assert any(batches != first for batches in other)
 
 
-@pytest.mark.parametrize(("budget", "count"), [(1, 4), (89, 4), (90, 3), (1000, 3)])
-def test_forward_batches_hold_whole_groups_that_stack_within_the_budget(budget: int, count: int) -> None:
+def cost(batch: Sequence[int], shared: bool) -> int:
+    prompts = names(ROWS, batch)
+    longest = max(len(ROWS[index].token_ids) for index in batch)
+    return sum(PROMPT_LENGTHS[name] for name in (set(prompts) if shared else prompts)) + len(batch) * longest
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("budget", [1, 17, 24, 31, 50, 89, 90, 1000])
+def test_forward_batches_hold_every_response_once_within_the_budget(budget: int, shared: bool) -> None:
     indices = [index for index in range(len(ROWS)) if ROWS[index].sample_id != "b"]
-    batches = micro_batches(ROWS, indices, budget)
+    batches = micro_batches(ROWS, indices, budget, shared=shared)
     assert sorted(chain(*batches)) == indices
     for batch in batches:
         assert len({signature(ROWS[index].inputs) for index in batch}) == 1
@@ -76,11 +86,25 @@ def test_forward_batches_hold_whole_groups_that_stack_within_the_budget(budget: 
         assert len(set(groups)) == 1
         # Responses of one prompt stand together, as the forward pass takes them.
         assert names(ROWS, batch) == sorted(names(ROWS, batch))
-        longest = max(len(ROWS[index].token_ids) for index in batch)
-        tokens = len(batch) * (PROMPT_LENGTHS[ROWS[batch[0]].sample_id] + longest)
-        assert tokens <= budget or len(groups) == 1
-    # Groups a and d stack, at 6 responses of 10 + 5 tokens; c and the incomplete e stand alone.
-    assert len(batches) == count
+        assert cost(batch, shared) <= budget or len(batch) == 1
+
+
+@pytest.mark.parametrize(
+    ("shared", "budget", "cut"),
+    [
+        # Groups a and d stack: two prompts of 10 and 6 responses of 5 tokens. c and the incomplete e stand alone.
+        (True, 50, ["aaaddd", "ccc", "ee"]),
+        (True, 49, ["aaa", "ddd", "ccc", "ee"]),
+        # c: one prompt of 14 with 3 responses of 7, 6 and 2 tokens; the first and the third make 14 + 2 * 7.
+        (True, 34, ["aaa", "ddd", "cc", "c", "ee"]),
+        (False, 90, ["aaaddd", "ccc", "ee"]),
+        (False, 89, ["aaa", "ddd", "ccc", "ee"]),
+    ],
+)
+def test_groups_are_cut_only_where_the_budget_asks_for_it(shared: bool, budget: int, cut: list[str]) -> None:
+    indices = [index for index in range(len(ROWS)) if ROWS[index].sample_id != "b"]
+    batches = micro_batches(ROWS, indices, budget, shared=shared)
+    assert sorted("".join(names(ROWS, batch)) for batch in batches) == sorted(cut)
 
 
 def test_rows_join_what_belongs_together(world: TrainingWorld) -> None:
@@ -97,3 +121,20 @@ def test_rows_join_what_belongs_together(world: TrainingWorld) -> None:
             if token in ids:
                 assert values[ids.index(token)] == logprob
     assert len({id(item.inputs) for item in rows}) == 4
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4),
+    budget=st.integers(1, 60),
+    shared=st.booleans(),
+)
+@example(lengths=[[9, 1, 1] * 3, [1, 1, 1]], budget=37, shared=True)
+def test_prompts_of_a_forward_batch_have_equally_many_responses(
+    lengths: list[list[int]], budget: int, shared: bool
+) -> None:
+    """The forward pass deals a batch's responses out to its prompts evenly."""
+    rows = [row("abde"[group], length) for group, own in enumerate(lengths) for length in own]
+    batches = micro_batches(rows, range(len(rows)), budget, shared=shared)
+    assert sorted(chain(*batches)) == list(range(len(rows)))
+    for batch in batches:
+        assert len(set(Counter(names(rows, batch)).values())) == 1
