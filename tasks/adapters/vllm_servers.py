@@ -380,7 +380,6 @@ class VLLMServers:
                 ) from error
             except LostRequestError as error:
                 lost_on = replica
-                log.warning("%s (try %d of %d)", error, attempt, MAX_ATTEMPTS)
                 if attempt == MAX_ATTEMPTS:
                     raise ServerError(
                         f"vLLM: the same requests were lost {MAX_ATTEMPTS} times, the last time because {error}; "
@@ -427,6 +426,8 @@ class VLLMServers:
     def _suspect(self, replica: _Replica, error: LostRequestError) -> None:
         """Have a server looked at beside the work, which goes on elsewhere; the first lost request has it done."""
         if replica.recovery is None and replica.usable:
+            # Said once for all that was lost with it.
+            log.warning("%s; what it was asked is asked again", error)
             replica.recovery = asyncio.create_task(self._recover(replica, error))
 
     async def _recover(self, replica: _Replica, error: LostRequestError) -> None:

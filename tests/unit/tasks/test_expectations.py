@@ -106,7 +106,7 @@ def test_a_single_row_without_any_value_is_judged() -> None:
 sides = st.integers(-20, 120).map(float)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(sides, sides, sides, sides), min_size=1, max_size=40))
 def test_the_box_expectation_agrees_with_clip_box(boxes: list[tuple[float, float, float, float]]) -> None:
     def usable(box: Box) -> bool:
