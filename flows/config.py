@@ -27,6 +27,7 @@ from tasks.config import (
     ServersConfig,
     Settings,
     StoreConfig,
+    TrackingConfig,
     VLLMEngine,
 )
 from vzero_core.config import (
@@ -79,6 +80,7 @@ class RunConfig(Settings):
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="How accuracy is measured.")
     store: StoreConfig = Field(default=StoreConfig(), description="Where artefacts live.")
     outputs: OutputsConfig = Field(default=OutputsConfig(), description="Versions of the outputs in lakeFS.")
+    tracking: TrackingConfig = Field(default=TrackingConfig(), description="Where figures of the rounds are sent.")
     placement: PlacementConfig = Field(default=PlacementConfig(), description="Devices and scratch; changes no result.")
 
     @model_validator(mode="before")

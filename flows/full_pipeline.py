@@ -79,7 +79,7 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
         page = report(
             ReportJob(
                 name=config.name,
-                config=config.model_dump(mode="json", exclude={"store", "placement", "outputs"}),
+                config=config.model_dump(mode="json", exclude={"store", "placement", "outputs", "tracking"}),
                 samples=samples,
                 regions=proposed,
                 views=views,

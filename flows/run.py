@@ -10,12 +10,14 @@ from prefect.filesystems import RemoteFileSystem
 
 from flows.config import PROJECT, RunConfig, resolve_paths
 from flows.terminal import make_terminal
+from tasks.adapters.accelerator import require_trackers
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.files import configure_s3
 from tasks.adapters.images import ImageReader
 from tasks.adapters.importers import folder_of, image_root, locate, source_digest
 from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
+from tasks.adapters.trainer_process import TrainerSettings
 from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig, VLLMEngine
 from tasks.ports import DatasetRepo
 from tasks.serve import Engines
@@ -29,6 +31,7 @@ _GIB = 1 << 30
 def open_run(config: RunConfig) -> Iterator[RunContext]:
     """Open what a run works with; whatever was started is stopped at the end, also after an error."""
     config = resolve_paths(config, PROJECT)
+    require_trackers(config.tracking.trackers)
     work_dir = Path(config.placement.work_dir)
     store = open_store(config.store, work_dir)
     pin = _make_pin()

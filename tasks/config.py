@@ -1,7 +1,7 @@
 """Settings of the stages. `flows.config.RunConfig` puts them together; each stage sees its own slice only."""
 
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, field_validator, model_validator
@@ -169,6 +169,17 @@ class ReplayConfig(Settings):
     )
 
 
+class LoRAConfig(Settings):
+    """Low-rank adapters in the place of all weights (docs/TRAINING.md); served are the merged weights."""
+
+    rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(default=32.0, gt=0, description="An adapter's product is scaled by alpha / rank.")
+    target: str = Field(
+        default="all-linear",
+        description="Modules with adapters: all-linear, or a regular expression that fits their whole names.",
+    )
+
+
 class OptimizerConfig(Settings):
     """AdamW and what one round does with it."""
 
@@ -182,6 +193,7 @@ class OptimizerConfig(Settings):
     frozen: tuple[str, ...] = Field(
         default=(), description="Parameters that stay fixed, by shell pattern: 'model.visual.*'."
     )
+    lora: LoRAConfig | None = Field(default=None, description="Adapters that learn, none: all weights learn.")
     importance_cap: float | None = Field(
         default=None,
         ge=1,
@@ -369,6 +381,77 @@ def _address(url: str) -> str:
     return str(parts).rstrip("/")
 
 
+class TrainerConfig(Settings):
+    """How many processes train together, and how they share the student (docs/TRAINING.md)."""
+
+    num_processes: int = Field(
+        default=1, ge=1, description="On this machine; more than one in all are started by accelerate launch."
+    )
+    num_machines: int = Field(default=1, ge=1, description="The others join this one, with as many processes each.")
+    address: str | None = Field(
+        default=None, description="HOST:PORT of this machine, where other machines join; none: there are none."
+    )
+    devices: tuple[str, ...] = Field(default=(), description="GPUs, one for each process; none: the CPU.")
+    sharding: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="ddp: every process holds the whole student; fsdp2: each one holds a part."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward pass: less memory, a third more time."
+    )
+
+    @property
+    def total_processes(self) -> int:
+        """Processes on all machines together."""
+        return self.num_processes * self.num_machines
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.devices and len(self.devices) != self.num_processes:
+            raise ValueError(
+                f"devices must be num_processes = {self.num_processes} of them, got {len(self.devices)}; list as many"
+            )
+        if self.devices and self.total_processes == 1:
+            raise ValueError("devices must be left out where one process trains; set student_device")
+        if len(set(self.devices)) < len(self.devices):
+            raise ValueError(f"devices must differ, got {self.devices}; name each once")
+        if (self.address is None) != (self.num_machines == 1):
+            raise ValueError(
+                f"address must be given where there are several machines, and only there, got {self.address!r} with "
+                f"num_machines = {self.num_machines}; set both"
+            )
+        if self.address is not None and not re.fullmatch(r"[^:\s]+:\d+", self.address):
+            raise ValueError(f"address must be HOST:PORT, got {self.address!r}; leave out all else")
+        if self.sharding == "fsdp2" and self.total_processes == 1:
+            raise ValueError("sharding must be ddp where one process trains, got 'fsdp2'; raise num_processes")
+        return self
+
+
+class TrackingConfig(Settings):
+    """Where the figures of every round are sent beside the store, by accelerate's trackers."""
+
+    trackers: tuple[
+        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"], ...
+    ] = Field(
+        default=("tensorboard",),
+        description="tensorboard writes into the work folder; others need their packages, and keys in the environment.",
+    )
+
+
+class HardwareConfig(Settings):
+    """What one device can do, for the plan that is printed before a run (docs/PLAN.md)."""
+
+    memory_gib: float | None = Field(default=None, gt=0, description="Of one device; none: the device is asked.")
+    tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="What one device reaches in matrix products, not its peak; none: measured on CPU, else unknown.",
+    )
+    bandwidth_gbs: float | None = Field(
+        default=None, gt=0, description="GB/s of one device's memory; none: measured on CPU, else unknown."
+    )
+    store_gbs: float | None = Field(default=None, gt=0, description="GB/s to and from the store; none: unknown.")
+
+
 class PlacementConfig(Settings):
     """Where and how fast; nothing here changes any result's name."""
 
@@ -376,6 +459,8 @@ class PlacementConfig(Settings):
     teacher_device: str = Field(default="cpu", description="Replay, with the engine in the box.")
     student_servers: ServersConfig = Field(default=ServersConfig(), description="Rollouts and evaluation on vLLM.")
     teacher_servers: ServersConfig = Field(default=ServersConfig(), description="Replay on vLLM.")
+    trainer: TrainerConfig = Field(default=TrainerConfig(), description="Processes that train, and their devices.")
+    hardware: HardwareConfig = Field(default=HardwareConfig(), description="What a device can do, for the plan.")
     threads: int = Field(default=1, ge=1, description="CPU threads; another number may change the last bits.")
     image_threads: int = Field(default=2, ge=1, description="Threads that decode, hash and cut images.")
     max_batch_tokens: int = Field(default=16_384, ge=1, description="Tokens of a forward batch, padding included.")
@@ -383,9 +468,14 @@ class PlacementConfig(Settings):
 
     @model_validator(mode="after")
     def _devices_disjoint(self) -> Self:
-        both = sorted(set(self.student_servers.devices) & set(self.teacher_servers.devices))
-        if both:
-            raise ValueError(f"devices of student_servers and teacher_servers must be disjoint, both have {both}")
+        devices = {
+            "student_servers": self.student_servers.devices,
+            "teacher_servers": self.teacher_servers.devices,
+            "trainer": self.trainer.devices,
+        }
+        for (first, left), (second, right) in combinations(devices.items(), 2):
+            if both := sorted(set(left) & set(right)):
+                raise ValueError(f"devices of {first} and {second} must be disjoint, both have {both}")
         for role, servers in (("student", self.student_servers), ("teacher", self.teacher_servers)):
             if servers.use(self.student_device):
                 raise ValueError(

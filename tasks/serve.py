@@ -11,12 +11,14 @@ from typing import Self
 
 import torch
 
+from tasks.adapters.accelerator import make_accelerator
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.models import model_folder
 from tasks.adapters.prompts import PromptProcessor
 from tasks.adapters.server_process import ServerError, sweep
 from tasks.adapters.store import Store
-from tasks.adapters.trainer import Trainer
+from tasks.adapters.trainer import Trainer, fetch_state
+from tasks.adapters.trainer_process import TrainerProcesses, TrainerSettings
 from tasks.adapters.training_data import CheckpointJob, TrainJob
 from tasks.adapters.transformers_engine import TransformersEngine
 from tasks.adapters.vllm_engine import VLLMEngine
@@ -39,6 +41,7 @@ class Engines:
         student: ModelConfig,
         teacher: ModelConfig,
         placement: PlacementConfig,
+        training: TrainerSettings,
         work_dir: Path,
         track: Callable[[str, int], AbstractContextManager[Advance]],
     ) -> None:
@@ -50,6 +53,7 @@ class Engines:
             student: the model that learns.
             teacher: the model that replays.
             placement: devices and servers.
+            training: what the trainer needs, in whatever process.
             work_dir: local folder for current weights and servers' logs.
             track: shows progress, given a title and a total.
         """
@@ -66,14 +70,9 @@ class Engines:
         # A shard is replayed in a thread of its own, which must start nothing after the run has ended.
         self._lock = threading.Lock()
         self._closed = False
-        self.trainer = Trainer(
-            store,
-            dataset,
-            student=student.path,
-            work_dir=work_dir,
-            device=placement.student_device,
-            max_batch_tokens=placement.max_batch_tokens,
-        )
+        self._dataset = dataset
+        self._training = training
+        self._trainer: Trainer | TrainerProcesses | None = None
 
     def __enter__(self) -> Self:
         """Set what holds for the whole process, and end servers that a killed run left behind."""
@@ -91,13 +90,21 @@ class Engines:
         for engine in (self._student, self._teacher):
             if isinstance(engine, VLLMEngine):
                 engine.close()
-        self._student = self._teacher = None
-        self.trainer.release()
+        if self._trainer is not None:
+            self._trainer.release()
+        self._student = self._teacher = self._trainer = None
 
     @cached_property
     def renderer(self) -> PromptProcessor:
         """Renders the prompts of student and teacher alike."""
         return PromptProcessor(model_folder(self._student_config.path))
+
+    @property
+    def trainer(self) -> Trainer | TrainerProcesses:
+        """The trainer, in this process or in several of its own."""
+        if self._trainer is None:
+            self._trainer = self._make_trainer()
+        return self._trainer
 
     def student(self, policy: ArtifactRef) -> PolicyEngine:
         """Give the sampling engine, holding a policy's weights."""
@@ -118,6 +125,27 @@ class Engines:
             teacher = self._teacher
         teacher.load_weights(folder, model.digest)
         return teacher
+
+    def _make_trainer(self) -> Trainer | TrainerProcesses:
+        settings, device = self._training, self._placement.student_device
+        if settings.placement.total_processes > 1:
+            return TrainerProcesses(settings, track=self._track)
+        accelerator = make_accelerator(
+            cpu=device == "cpu",
+            trackers=settings.trackers,
+            run_name=settings.run_name,
+            folder=settings.work_dir / "trackers",
+        )
+        return Trainer(
+            self._store,
+            self._dataset,
+            accelerator,
+            student=settings.student,
+            work_dir=settings.work_dir,
+            device=device,
+            max_batch_tokens=settings.max_batch_tokens,
+            placement=settings.placement,
+        )
 
     def _engine(self, role: Role, folder: Path, digest: str) -> TransformersEngine | VLLMEngine:
         if self._closed:
@@ -153,8 +181,5 @@ class Engines:
             return local
         checkpoint = self._store.find(CheckpointJob.stage, CheckpointJob(train_key=policy.key).key)
         if checkpoint is not None and not checkpoint.pruned:
-            fetched = self._work_dir / f"resumed-{checkpoint.key}"
-            if not fetched.is_dir():
-                self._store.fetch(checkpoint.ref, "model", fetched)
-            return fetched
+            return fetch_state(self._store, checkpoint.ref, self._work_dir) / "model"
         return self.trainer.train(TrainJob.model_validate(self._store.manifest(policy).job)).folder / "model"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,12 @@ def model_digest(folder: Path, memory: Path) -> str:
     return digest_json(entries)
 
 
-def weights_digest(model: PreTrainedModel) -> str:
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     """Give the identity of weights in memory: hash of the parameters' and buffers' names, types and bytes."""
     state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest_bytes(state.digest())
 
 

@@ -3,8 +3,7 @@
 The backward pass computes each chunk's logits again. Legend: N positions, V vocabulary, H hidden size, K kept tokens.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ CHUNK_LOGITS = 2**25
 """Logits at a time: 128 MiB in float32, and products still large enough for any device."""
 
 
-@dataclass(frozen=True)
-class TokenScores:
+class TokenScores(NamedTuple):
     """Log-probs at N positions, in nats and at least float32.
 
     Attributes:

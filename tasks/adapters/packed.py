@@ -17,16 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tasks.adapters.forward import prompt_positions, response_logits
-from tasks.adapters.output_layer import score_logits, score_tokens
+from tasks.adapters.forward import prompt_positions
 from tasks.adapters.prompts import ModelInputs, stack
 
 ATTENTION = "packed"
 """The name that the attention below is registered under."""
 MIN_STEPS = 2
 """Linear attention continues a single token by a kernel that has no gradient."""
-TOLERANCE = 1e-3
-"""Nats; rounding in float32 stays below 1e-4, and a layer that sees the wrong tokens is off by far more."""
 
 
 @dataclass(frozen=True)
@@ -94,28 +91,14 @@ def packed_hidden(model: PreTrainedModel, prompts: Sequence[ModelInputs], respon
     return torch.cat([first, rest[:, : num_tokens - 1]], dim=1)
 
 
-@torch.no_grad()
-def shares_prompt_exactly(model: PreTrainedModel, prompt: ModelInputs, responses: Tensor) -> bool:
-    """Tell whether packed rows give what plain forward passes give; enables packing on the way.
+def takes_packed_rows(model: PreTrainedModel) -> bool:
+    """Tell whether a model's layers are of the kinds that packed rows are made for.
 
-    Refused unseen are attention in windows, for a short input fits into a window, and any attention but "sdpa", for
-    the model would not compute as before.
-
-    Args:
-        model: weights in float32 or wider.
-        prompt: any encoded prompt.
-        responses: [G, T] int64, G >= 2 and T >= 3; any text tokens.
+    Attention in windows and any attention but transformers' "sdpa" are not: the model would not compute as before.
     """
     config = model.get_decoder().config
     layer_types = getattr(config, "layer_types", None) or ()
-    if config._attn_implementation != "sdpa" or not set(layer_types) <= {"full_attention", "linear_attention"}:
-        return False
-    tokens = responses.flatten().to(model.device)
-    plain = score_logits(response_logits(model, [prompt] * len(responses), responses).flatten(0, 1), tokens)
-    enable_packing(model)
-    hidden = packed_hidden(model, [prompt], responses).flatten(0, 1)
-    found = score_tokens(hidden, model.get_output_embeddings().weight, tokens)
-    return bool((found.logprobs - plain.logprobs).abs().max() <= TOLERANCE)
+    return config._attn_implementation == "sdpa" and set(layer_types) <= {"full_attention", "linear_attention"}
 
 
 def _attention(

@@ -4,7 +4,8 @@ Started by `ServerProcess` as `python -m tasks.adapters.process_guard RECORD OWN
 its own, with a pipe from its owner as standard input and one to it as standard output. It is a program beside the
 owner, so that it still works where the owner was killed; the standard library alone, so that it starts at once.
 
-What the program starts belongs to the guard's session, in whatever process group: one server may be several groups.
+What the program starts belongs to the guard's session, in whatever process group: one server may be several groups,
+and, while the process that opened it lives, a session of its own.
 """
 
 import json
@@ -57,21 +58,39 @@ class Record:
         partial.replace(path)
 
 
+class _Stat(NamedTuple):
+    """What the kernel tells of a process."""
+
+    process: Process
+    state: str
+    parent: int
+    session: int
+
+
 def find_process(pid: int) -> Process | None:
     """Give a process by its id, or None where there is none, or one that only waits to be reaped."""
+    stat = _stat(pid)
+    return None if stat is None or stat.state in "ZX" else stat.process
+
+
+def session_members(session: int) -> list[Process]:
+    """Give what runs in a guard's session, and in sessions that were opened from it, without the guard."""
+    stats = {pid: stat for pid in _pids() if (stat := _stat(pid))}
+
+    def belongs(stat: _Stat | None) -> bool:
+        return stat is not None and (stat.session == session or belongs(stats.get(stat.parent)))
+
+    return [stat.process for pid, stat in stats.items() if pid != session and stat.state not in "ZX" and belongs(stat)]
+
+
+def _stat(pid: int) -> _Stat | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The program's name stands in brackets, and may have brackets itself.
-    state, _, group, *rest = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else Process(pid, int(group), started=int(rest[16]))
-
-
-def session_members(session: int) -> list[Process]:
-    """Give what runs in a guard's session, without the guard."""
-    members = (pid for pid in _pids() if pid != session and _is_in(pid, session))
-    return [process for pid in members if (process := find_process(pid))]
+    state, parent, group, session, *rest = stat.rpartition(")")[2].split()
+    return _Stat(Process(pid, int(group), started=int(rest[15])), state, int(parent), int(session))
 
 
 def is_marked(pid: int, marker: str) -> bool:
@@ -121,13 +140,6 @@ def unlink_shared_memory(inodes: dict[str, int]) -> None:
 
 def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def _is_in(pid: int, session: int) -> bool:
-    try:
-        return os.getsid(pid) == session
-    except ProcessLookupError:
-        return False
 
 
 def _mapped(pid: int) -> Iterator[tuple[str, int]]:

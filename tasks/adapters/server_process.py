@@ -53,6 +53,9 @@ class ServerProcess:
     """A server program on a free port of 127.0.0.1, which does not outlive this process.
 
     Threads may ask whether it runs, and stop it, also while another one starts it.
+
+    Attributes:
+        log: file that what it prints is added to.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class ServerProcess:
         self._command = command
         self._environment = environment
         self._folder = work_dir.absolute() / "servers"
-        self._log = self._folder / f"{name}.log"
+        self.log = self._folder / f"{name}.log"
         self._start_timeout = start_timeout
         self._run: _Run | None = None
         self._is_wanted = False
@@ -113,7 +116,7 @@ class ServerProcess:
     def lost(self) -> ServerError:
         """Give the error that says how a program ended which `is_running` no more, with the last lines of its log."""
         if self._run is None:
-            return ServerError(f"the {self._name} server must run, but its last start failed; see {self._log}")
+            return ServerError(f"the {self._name} server must run, but its last start failed; see {self.log}")
         return self._lost(self._run)
 
     def stop(self) -> None:
@@ -167,7 +170,7 @@ class ServerProcess:
         marker = secrets.token_hex(8)
         record = self._folder / f"{self._name}-{marker}.json"
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._lock, self._log.open("ab") as log:
+        with self._lock, self.log.open("ab") as log:
             if not self._is_wanted:
                 raise self._stopped()
             log.write(f"--- {datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(command)}\n".encode())
@@ -196,7 +199,7 @@ class ServerProcess:
             if now - began > self._start_timeout:
                 raise ServerError(
                     f"the {self._name} server must be healthy within {self._start_timeout:.0f} s, but it is not; raise "
-                    f"the time-out, or see {self._log}, which ends:\n{_end_of(self._log, run.log_start)}"
+                    f"the time-out, or see {self.log}, which ends:\n{_end_of(self.log, run.log_start)}"
                 )
             if now - shown >= 1:
                 shown = now
@@ -210,8 +213,8 @@ class ServerProcess:
     def _lost(self, run: "_Run") -> ServerError:
         how = _how_it_ended(run.exit_code)
         return ServerError(
-            f"the {self._name} server must keep running, but {how}; see {self._log}, which ends:\n"
-            f"{_end_of(self._log, run.log_start)}"
+            f"the {self._name} server must keep running, but {how}; see {self.log}, which ends:\n"
+            f"{_end_of(self.log, run.log_start)}"
         )
 
     def _stopped(self) -> ServerError:

@@ -191,7 +191,7 @@ class Store:
         return self._with_manifest(ref, read_of)
 
     def fetch(self, ref: ArtifactRef, folder: str, target: Path) -> None:
-        """Copy the files below `folder` of an artefact into the local folder `target`, checked.
+        """Copy the files below `folder` of an artefact, all where it is empty, into the local folder `target`, checked.
 
         The target appears whole or not at all. Memory is bounded, also where a file is larger than it.
 
@@ -201,7 +201,7 @@ class Store:
         unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
 
         def fetch_of(manifest: Manifest) -> None:
-            entries = [entry for entry in manifest.files if entry.path.startswith(f"{folder}/")]
+            entries = [entry for entry in manifest.files if entry.path.startswith(f"{folder}/" if folder else "")]
             if not entries or manifest.pruned:
                 state = "was pruned" if manifest.pruned else "has none"
                 raise StoreError(f"artefact {ref.stage}/{ref.key} must have files below {folder}/, but it {state}")

@@ -1,32 +1,31 @@
-"""The trainer: a job in, updated weights out.
+"""The trainer: a job in, updated weights out; alone, or on every one of several processes.
 
 Between calls it holds the last policy's weights and optimizer state. Given a job on another policy it goes back to the
-nearest stored training state and repeats the rounds since then from their stored rollouts.
+nearest training state and repeats the rounds since then from their stored rollouts.
+
+Each process computes the gradient of its share of a mini-batch's prompts; loss and normalisation are the whole
+mini-batch's, so that the update does not depend on the number of processes.
 """
 
-import fnmatch
 import json
 import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from safetensors.torch import load, save_file
+from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
 
 from tasks.adapters.dataset import Dataset
-from tasks.adapters.forward import response_logits
-from tasks.adapters.models import CONFIG_SUFFIXES, load_model, model_folder, weights_digest
-from tasks.adapters.output_layer import TokenScores, score_logits, score_tokens
-from tasks.adapters.packed import packed_hidden, shares_prompt_exactly
-from tasks.adapters.prompts import PromptProcessor, banned_ids, end_of_turn_ids
+from tasks.adapters.models import model_folder
+from tasks.adapters.output_layer import TokenScores
 from tasks.adapters.store import Store
 from tasks.adapters.training_data import (
     CheckpointJob,
@@ -36,20 +35,19 @@ from tasks.adapters.training_data import (
     micro_batches,
     mini_batches,
     read_training_rows,
+    share_of,
 )
+from tasks.adapters.training_state import TrainingState
 from tasks.adapters.transformers_engine import pad_right
 from tasks.artifacts import ArtifactRef
-from tasks.config import EngineFingerprint, OptimizerConfig, PromptConfig
+from tasks.config import LoRAConfig, OptimizerConfig, TrainerConfig
 from vzero_core.config import ForwardKLTopKLoss
-from vzero_core.errors import InputError
 from vzero_core.importance import importance_weights
 from vzero_core.losses import TopK, gated_distillation_loss
 
 log = logging.getLogger("vzero.trainer")
 
 POLICY = "policy.json"
-CHECK_SIZE, CHECK_TOKENS = (64, 64), 4
-"""Picture in pixels, and tokens a response, of the input by which packed rows are checked."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ class Update:
     """What a job made.
 
     Attributes:
-        folder: local folder with model/ (a Hugging Face folder) and state/ (optimizer and counters).
+        folder: local folder with model/ (a Hugging Face folder), state/ (optimizer and counters) and, with LoRA,
+            adapter/.
         policy: what names the new policy: digest of its weights, and how many updates led there.
         summary: figures that follow from the job.
         num_tokens: response tokens trained on, all epochs together.
@@ -69,61 +68,68 @@ class Update:
     num_tokens: int
 
 
-class Trainer:
-    """Holds the student while it learns; one method, `train`.
+@dataclass(frozen=True)
+class _Held:
+    """What a state in memory is of: a policy, and what of it learns."""
 
-    Weights and moments are float32 also where the arithmetic is bfloat16: an update is smaller than the gap between
-    two bfloat16 numbers, and would be lost.
-    """
+    policy: str
+    frozen: tuple[str, ...]
+    lora: LoRAConfig | None
+
+
+class Trainer:
+    """Holds the student while it learns; one method, `train`."""
 
     def __init__(
         self,
         store: Store,
         dataset: Dataset,
+        accelerator: Accelerator,
         *,
         student: str,
         work_dir: Path,
         device: str,
         max_batch_tokens: int,
+        placement: TrainerConfig,
     ) -> None:
         """Set what does not depend on the round; nothing is loaded yet.
 
         Args:
             store: where rollouts, replays, weights and training states are read from.
             dataset: samples and images.
+            accelerator: knows the processes, and the trackers that a round's figures are sent to.
             student: path of the model that round 1 starts from.
             work_dir: local folder for current weights.
-            device: torch device.
+            device: torch device of this process.
             max_batch_tokens: tokens of one forward batch, padding included; a prompt counts once for its responses,
                 or once for each where the model takes no packed rows.
+            placement: how the processes share the student.
         """
         self._store = store
         self._dataset = dataset
+        self._accelerator = accelerator
         self._student = model_folder(student)
         self._work_dir = work_dir
         self._device = device
         self._max_batch_tokens = max_batch_tokens
-        self._held: str | None = None
+        self._placement = placement
+        self._state: TrainingState | None = None
+        self._held: _Held | None = None
         self._last: tuple[str, Update] | None = None
-        self._model: PreTrainedModel
-        self._processor: PromptProcessor
-        self._optimizer: torch.optim.AdamW
-        self._autocast: torch.autocast
-        self._pad_id = 0
-        self._num_updates = 0
-        self._shared = False
+        self._written: set[str] = set()
 
     def train(self, job: TrainJob) -> Update:
         """Make the policy that follows `job.policy`; a job done last costs nothing again.
 
+        Every process has to be given the same jobs; what comes back is whole on the main one alone.
+
         Raises:
-            InputError: `optimizer.frozen` has a pattern without a parameter, or leaves none to train.
+            InputError: the optimizer's settings do not fit the student (`TrainingState`).
             StoreError: an input or every training state on the way is missing or damaged.
         """
         if self._last is not None and self._last[0] == job.key:
             return self._last[1]
-        self._hold(job)
-        update = self._apply(job)
+        update = self._apply(job, self._hold(job))
         self._last = (job.key, update)
         return update
 
@@ -131,104 +137,69 @@ class Trainer:
 
     def release(self) -> None:
         """Let go of model and optimizer; a round after this one loads them again."""
-        self._held = None
-        self.__dict__.pop("_model", None)
-        self.__dict__.pop("_optimizer", None)
+        self._held = self._state = None
 
-    def _hold(self, job: TrainJob) -> None:
-        """Bring model and optimizer to the state after `job.policy`."""
-        if self._held == job.policy.key:
-            return
-        self._held = None
-        pending: list[tuple[ArtifactRef, TrainJob]] = []
-        policy = job.policy
-        while policy.stage == TrainJob.stage:
-            checkpoint = self._store.find(CheckpointJob.stage, CheckpointJob(train_key=policy.key).key)
-            if checkpoint is not None and not checkpoint.pruned:
-                self._load_checkpoint(checkpoint.ref, job.engine)
-                break
-            earlier = TrainJob.model_validate(self._store.manifest(policy).job)
-            pending.append((policy, earlier))
-            policy = earlier.policy
-        else:
-            self._load(self._student, job.engine)
-        for policy, earlier in reversed(pending):
-            log.warning("repeating round %d: its weights are neither here nor in the store", earlier.round)
-            update = self._apply(earlier)
-            recorded = json.loads(self._store.read(policy, POLICY))
-            if update.policy != recorded:
-                log.warning("round %d: weights %s differ from the recorded %s", earlier.round, update.policy, recorded)
-        self._held = job.policy.key
+    def _hold(self, job: TrainJob) -> TrainingState:
+        """Bring model and optimizer to the state after `job.policy`, what the job freezes included."""
+        wanted = _held(job.policy.key, job.optimizer)
+        if self._held == wanted and self._state is not None:
+            return self._state
+        self.release()
+        source = None
+        if job.policy.stage == TrainJob.stage:
+            source = self._find_state(job.policy)
+            if source is None:
+                self._repeat(job.policy)
+                return self._hold(job)
+        self._state = TrainingState(
+            self._student,
+            source,
+            job.optimizer,
+            dtype=job.engine.dtype,
+            seed=job.seed,
+            accelerator=self._accelerator,
+            device=self._device,
+            placement=self._placement,
+        )
+        self._held = wanted
+        return self._state
 
-    def _load(self, folder: Path, engine: EngineFingerprint) -> None:
-        mixed = engine.dtype == "bfloat16"
-        self._model = load_model(folder, "float32" if mixed else engine.dtype, self._device)
-        self._autocast = torch.autocast(self._model.device.type, torch.bfloat16, enabled=mixed)
-        self._processor = PromptProcessor(folder)
-        ends = end_of_turn_ids(self._model.generation_config, self._processor)
-        self._pad_id = ends[0]
-        self._shared = self._shares_prompt(ends)
-        self._optimizer = torch.optim.AdamW(self._model.parameters())
-        self._num_updates = 0
+    def _find_state(self, policy: ArtifactRef) -> Path | None:
+        folder = self._work_dir / f"policy-{policy.key}"
+        # What an earlier run left there may be cut short by a failing disk. All processes have to choose alike, also
+        # where another machine does not have it.
+        is_here = torch.tensor([policy.key in self._written and folder.is_dir()], device=self._device)
+        if bool(self._accelerator.gather(is_here).all()):
+            return folder
+        checkpoint = self._store.find(CheckpointJob.stage, CheckpointJob(train_key=policy.key).key)
+        if checkpoint is None or checkpoint.pruned:
+            return None
+        return fetch_state(self._store, checkpoint.ref, self._work_dir)
 
-    def _shares_prompt(self, end_ids: Sequence[int]) -> bool:
-        picture = Image.new("RGB", CHECK_SIZE)
-        prompt = self._processor.encode(self._processor.prompt("?", [picture], PromptConfig()))
-        banned = set(banned_ids(self._model.config, self._processor, end_ids))
-        words = torch.tensor(list(islice((token for token in count() if token not in banned), CHECK_TOKENS)))
-        shared = shares_prompt_exactly(self._model, prompt, torch.stack([words, words.flip(0)]))
-        if not shared:
-            log.warning("the student's prompts are computed once for each response: packed rows would differ")
-        return shared
-
-    def _load_checkpoint(self, ref: ArtifactRef, engine: EngineFingerprint) -> None:
-        folder = self._work_dir / f"resumed-{ref.key}"
-        if not folder.is_dir():
-            self._store.fetch(ref, "model", folder)
-        self._load(folder, engine)
-        self._num_updates = json.loads(self._store.read(ref, "state/progress.json"))["num_updates"]
-        moments = load(self._store.read(ref, "state/optimizer.safetensors"))
-        for name, parameter in self._model.named_parameters():
-            if f"{name}.exp_avg" in moments:
-                self._optimizer.state[parameter] = {
-                    key: moments[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-
-    def _save(self, folder: Path) -> None:
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "model").mkdir(parents=True)
-        for path in self._student.iterdir():
-            # The weights' index is not taken over: the new weights may be cut into other files.
-            if path.is_file() and path.suffix in CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
-                shutil.copy(path, partial / "model")
-        self._model.save_pretrained(partial / "model")
-        (partial / "state").mkdir()
-        moments = {
-            f"{name}.{key}": value.contiguous()
-            for name, parameter in self._model.named_parameters()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
-        save_file(moments, partial / "state" / "optimizer.safetensors")
-        (partial / "state" / "progress.json").write_text(json.dumps({"num_updates": self._num_updates}))
-        # What lies there already is of an attempt that did not end, perhaps with other last bits.
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+    def _repeat(self, policy: ArtifactRef) -> None:
+        job = TrainJob.model_validate(self._store.manifest(policy).job)
+        state = self._hold(job)
+        log.warning("repeating round %d: its weights are neither here nor in the store", job.round)
+        update = self._apply(job, state)
+        recorded = json.loads(self._store.read(policy, POLICY))
+        if self._accelerator.is_main_process and update.policy != recorded:
+            log.warning("round %d: weights %s differ from the recorded %s", job.round, update.policy, recorded)
 
     # --- one round ----------------------------------------------------------------------------------------------
 
-    def _apply(self, job: TrainJob) -> Update:
-        self._configure(job.optimizer)
-        rows = read_training_rows(job, self._store, self._dataset, self._processor)
+    def _apply(self, job: TrainJob, state: TrainingState) -> Update:
+        config = job.optimizer
+        for group in state.optimizer.param_groups:
+            group.update(betas=config.betas, weight_decay=config.weight_decay)
+        rows = read_training_rows(job, self._store, self._dataset, state.processor)
         # From the first update on the state is neither the old policy's nor the new one's; a retry reloads.
         self._held = None
-        old_logprobs, entropy = self._old_logprobs(rows)
-        summary = divergences(rows, old_logprobs, entropy, job.optimizer.importance_cap)
+        old_logprobs, entropy = self._old_logprobs(state, rows, job)
+        summary = divergences(rows, old_logprobs, entropy, config.importance_cap)
         losses, norms, skipped = [], [], 0
-        for epoch in range(job.optimizer.epochs):
+        for epoch in range(config.epochs):
             for mini_batch in mini_batches(rows, job, epoch):
-                loss, norm = self._update(job, rows, mini_batch, old_logprobs)
+                loss, norm = self._update(state, job, rows, mini_batch, old_logprobs)
                 skipped += norm is None
                 losses.append(loss)
                 norms.append(norm)
@@ -236,33 +207,21 @@ class Trainer:
         summary |= {
             "loss": losses[0] if math.isfinite(losses[0]) else None,
             "grad_norm": sum(finite) / len(finite) if finite else None,
-            "num_updates": self._num_updates,
+            "num_updates": state.num_updates,
             "num_skipped_updates": skipped,
-            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "learning_rate": state.optimizer.param_groups[0]["lr"],
         }
         # Until the next round the device's room is the engine's.
-        self._optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         folder = self._work_dir / f"policy-{job.key}"
-        self._save(folder)
-        policy = {"weights": weights_digest(self._model), "num_updates": self._num_updates}
-        self._held = job.key
-        self._forget_old(folder)
-        return Update(folder, policy, summary, job.optimizer.epochs * sum(len(row.token_ids) for row in rows))
-
-    def _configure(self, config: OptimizerConfig) -> None:
-        """Set what the job says of the optimizer, so that nothing of an earlier job stays in force."""
-        names = [name for name, _ in self._model.named_parameters()]
-        for rule in config.frozen:
-            if not fnmatch.filter(names, rule):
-                raise InputError(f"optimizer.frozen must name parameters, but {rule!r} fits none, such as {names[0]!r}")
-        frozen = {name for rule in config.frozen for name in fnmatch.filter(names, rule)}
-        if len(frozen) == len(names):
-            raise InputError(f"optimizer.frozen must leave parameters to train, got {config.frozen}; freeze fewer")
-        for name, parameter in self._model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
-        # A parameter without a gradient is passed over: neither moments nor weight decay touch it.
-        for group in self._optimizer.param_groups:
-            group.update(betas=config.betas, weight_decay=config.weight_decay)
+        policy = state.save(folder)
+        self._accelerator.wait_for_everyone()
+        self._held = _held(job.key, config)
+        self._written.add(job.key)
+        if self._accelerator.is_main_process:
+            self._forget_old(folder)
+        self._accelerator.log({key: value for key, value in summary.items() if value is not None}, step=job.round)
+        return Update(folder, policy, summary, config.epochs * sum(len(row.token_ids) for row in rows))
 
     def _forget_old(self, newest: Path) -> None:
         # The one before stays: a run that comes again right after a crash may still want it.
@@ -272,45 +231,91 @@ class Trainer:
             shutil.rmtree(path, ignore_errors=True)
 
     @torch.no_grad()
-    def _old_logprobs(self, rows: Sequence[TrainingRow]) -> tuple[dict[int, Tensor], float]:
-        """Log-probs of all responses under the policy as the round begins, and its mean entropy, nats."""
-        found: dict[int, Tensor] = {}
-        entropy = 0.0
-        for batch in micro_batches(rows, range(len(rows)), self._max_batch_tokens, shared=self._shared):
+    def _old_logprobs(
+        self, state: TrainingState, rows: Sequence[TrainingRow], job: TrainJob
+    ) -> tuple[Sequence[Tensor], float]:
+        """Log-probs of every response under the policy as the round begins, and its mean entropy, nats."""
+        # The prompts that this process trains on first, so that it encodes no others.
+        own = [index for mini_batch in mini_batches(rows, job, 0) for index in self._share(rows, mini_batch)]
+        batches, num_own = self._batches(state, rows, sorted(own), range(len(rows)))
+        lengths = [len(row.token_ids) for row in rows]
+        starts = list(accumulate(lengths, initial=0))
+        # All log-probs one after the other, and the sum of the entropies: other processes add theirs to the zeros.
+        found = torch.zeros(0)
+        for number, batch in enumerate(batches):
             chosen = [rows[index] for index in batch]
-            scores = self._scores(chosen)
-            entropy += scores.entropy.sum().item()
-            found |= zip(batch, _split(scores.logprobs, chosen), strict=True)
-        return found, entropy / sum(len(row.token_ids) for row in rows)
+            scores = self._scores(state, chosen)
+            if number == 0:
+                found = scores.logprobs.new_zeros(starts[-1] + 1)
+            if number < num_own:
+                found[-1] += scores.entropy.sum()
+                for index, values in zip(batch, _split(scores.logprobs, chosen), strict=True):
+                    found[starts[index] : starts[index + 1]] = values
+        found = self._accelerator.reduce(found)
+        return found[:-1].split(lengths), found[-1].item() / starts[-1]
 
     def _update(
-        self, job: TrainJob, rows: Sequence[TrainingRow], mini_batch: Sequence[int], old_logprobs: dict[int, Tensor]
+        self,
+        state: TrainingState,
+        job: TrainJob,
+        rows: Sequence[TrainingRow],
+        mini_batch: Sequence[int],
+        old_logprobs: Sequence[Tensor],
     ) -> tuple[float, float | None]:
         """One optimizer step; gives the loss and the gradient's norm, None where the step was skipped."""
-        config = job.optimizer
-        for group in self._optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (self._num_updates + 1) / max(config.warmup_updates, 1))
-        self._optimizer.zero_grad(set_to_none=True)
+        config, optimizer = job.optimizer, state.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (state.num_updates + 1) / max(config.warmup_updates, 1))
+        optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(len(rows[index].token_ids) for index in mini_batch)
-        total = 0.0
-        for batch in micro_batches(rows, mini_batch, self._max_batch_tokens, shared=self._shared):
-            loss = self._loss(job, rows, batch, old_logprobs, len(mini_batch), num_tokens)
-            loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.max_grad_norm)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        batches, num_own = self._batches(state, rows, self._share(rows, mini_batch), mini_batch)
+        for number, batch in enumerate(batches):
+            # DDP exchanges gradients once, with the last batch; FSDP2 after each, for it keeps its parts alone.
+            with nullcontext() if number == len(batches) - 1 else self._accelerator.no_sync(state.policy):
+                loss = self._loss(state, job, rows, batch, old_logprobs, len(mini_batch), num_tokens)
+                if number >= num_own:
+                    loss = 0.0 * loss
+                # Both give the mean of the processes' gradients.
+                (loss * self._accelerator.num_processes).backward()
+            total += loss.detach()
+        loss = self._accelerator.reduce(total).item()
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not bool(torch.isfinite(norm)):
             log.warning("round %d: the gradient is not finite; this update is skipped", job.round)
-            return total, None
-        self._optimizer.step()
-        self._num_updates += 1
-        return total, norm.item()
+            return loss, None
+        optimizer.step()
+        state.num_updates += 1
+        return loss, norm.item()
+
+    def _share(self, rows: Sequence[TrainingRow], mini_batch: Sequence[int]) -> list[int]:
+        return share_of(rows, mini_batch, self._accelerator.process_index, self._accelerator.num_processes)
+
+    def _batches(
+        self, state: TrainingState, rows: Sequence[TrainingRow], own: Sequence[int], everything: Sequence[int]
+    ) -> tuple[list[list[int]], int]:
+        """Cut this process's rows into forward batches, as many as on any process: all exchange what they hold in step.
+
+        Returns:
+            Forward batches, and how many of them count; those after these are computed without effect.
+        """
+        batches = micro_batches(rows, own, self._max_batch_tokens, shared=state.packed)
+        num_own = len(batches)
+        most = int(self._accelerator.gather(torch.tensor([num_own], device=self._device)).max())
+        if num_own < most:
+            spare = [batches[0] if batches else list(everything[:1])]
+            batches += spare * (most - num_own)
+        return batches, num_own
 
     def _loss(
         self,
+        state: TrainingState,
         job: TrainJob,
         rows: Sequence[TrainingRow],
         batch: Sequence[int],
-        old_logprobs: dict[int, Tensor],
+        old_logprobs: Sequence[Tensor],
         num_responses: int,
         num_tokens: int,
     ) -> Tensor:
@@ -318,14 +323,14 @@ class Trainer:
         topk = None
         if isinstance(job.loss, ForwardKLTopKLoss):
             topk_ids = torch.tensor([ids for row in chosen for ids in row.topk_ids], device=self._device)
-            scores = self._scores(chosen, topk_ids)
+            scores = self._scores(state, chosen, topk_ids)
             topk = TopK(
                 policy_logprobs=self._pad(_split(scores.topk_logprobs, chosen)),
                 policy_rest=self._pad(_split(scores.rest, chosen)),
                 teacher_logprobs=self._pad([torch.tensor(row.topk_logprobs) for row in chosen]),
             )
         else:
-            scores = self._scores(chosen)
+            scores = self._scores(state, chosen)
         mask = self._pad([torch.ones(len(row.token_ids), dtype=torch.bool) for row in chosen])
         old = self._pad([old_logprobs[index] for index in batch])
         weights = self._pad([torch.tensor(row.weights) for row in chosen])
@@ -344,21 +349,30 @@ class Trainer:
             topk=topk,
         )
 
-    def _scores(self, rows: Sequence[TrainingRow], topk_ids: Tensor | None = None) -> TokenScores:
+    def _scores(self, state: TrainingState, rows: Sequence[TrainingRow], topk_ids: Tensor | None = None) -> TokenScores:
         """Score the tokens of a forward batch, one response after the other, without padding."""
-        responses = pad_right([row.token_ids for row in rows], self._pad_id).to(self._device)
+        responses = pad_right([row.token_ids for row in rows], state.pad_id).to(self._device)
         lengths = torch.tensor([len(row.token_ids) for row in rows], device=self._device)
         mask = torch.arange(responses.shape[1], device=self._device) < lengths[:, None]
-        with self._autocast:
-            if self._shared:
-                prompts = list({row.sample_id: row.inputs for row in rows}.values())
-                hidden = packed_hidden(self._model, prompts, responses)[mask]
-                return score_tokens(hidden, self._model.get_output_embeddings().weight, responses[mask], topk_ids)
-            logits = response_logits(self._model, [row.inputs for row in rows], responses)
-        return score_logits(logits[mask], responses[mask], topk_ids)
+        prompts = list({row.sample_id: row.prompt.inputs for row in rows}.values())
+        with state.autocast:
+            scores: TokenScores = state.policy(prompts, responses, mask, topk_ids)
+        return scores
 
     def _pad(self, values: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True).to(self._device)
+
+
+def fetch_state(store: Store, checkpoint: ArtifactRef, work_dir: Path) -> Path:
+    """Give the local folder of a stored state; it is fetched where it is not there."""
+    folder = work_dir / f"resumed-{checkpoint.key}"
+    if not folder.is_dir():
+        store.fetch(checkpoint, "", folder)
+    return folder
+
+
+def _held(policy: str, config: OptimizerConfig) -> _Held:
+    return _Held(policy, config.frozen, config.lora)
 
 
 def _split(values: Tensor, rows: Sequence[TrainingRow]) -> tuple[Tensor, ...]:

@@ -2,8 +2,9 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -54,12 +55,25 @@ class CheckpointJob(Job):
     train_key: str
 
 
+class TrainingPrompt:
+    """A prompt that is encoded when it is first needed: a process decodes the images of its own share alone."""
+
+    def __init__(self, encode: Callable[[], ModelInputs]) -> None:
+        """Keep what encodes it."""
+        self._encode = encode
+
+    @cached_property
+    def inputs(self) -> ModelInputs:
+        """The encoded prompt."""
+        return self._encode()
+
+
 @dataclass(frozen=True)
 class TrainingRow:
     """One response with all that the loss needs of it."""
 
     sample_id: str
-    inputs: ModelInputs
+    prompt: TrainingPrompt
     token_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
     teacher_logprobs: tuple[float, ...]
@@ -69,20 +83,23 @@ class TrainingRow:
 
 
 def read_training_rows(job: TrainJob, store: Store, dataset: Dataset, processor: PromptProcessor) -> list[TrainingRow]:
-    """Join rollouts, replays and weights of a round; rows of one prompt share its encoded inputs."""
+    """Join rollouts, replays and weights of a round; rows of one prompt share it."""
     samples = by_id(dataset.samples(job.samples))
     replays: dict[tuple[str, int], Replay] = {}
     for ref in job.replays:
         replays |= {(row.sample_id, row.index): row for row in read_rows(store.read(ref, REPLAYS), Replay)}
     weights = {(row.sample_id, row.index): row for row in read_rows(store.read(job.gate, WEIGHTS), Weight)}
-    encoded: dict[str, ModelInputs] = {}
+    prompts: dict[str, TrainingPrompt] = {}
     rows = []
+
+    def encode(sample_id: str) -> ModelInputs:
+        _, sample = samples[sample_id]
+        return processor.encode(processor.prompt(sample.question, [dataset.image(sample)], job.prompt))
+
     for ref in job.rollouts:
         for rollout in read_rows(store.read(ref, ROLLOUTS), Rollout):
-            if rollout.sample_id not in encoded:
-                _, sample = samples[rollout.sample_id]
-                prompt = processor.prompt(sample.question, [dataset.image(sample)], job.prompt)
-                encoded[rollout.sample_id] = processor.encode(prompt)
+            if rollout.sample_id not in prompts:
+                prompts[rollout.sample_id] = TrainingPrompt(partial(encode, rollout.sample_id))
             replay = replays[rollout.sample_id, rollout.index]
             teacher = replay.logprobs_positive if job.target == "positive" else replay.logprobs_none
             assert teacher is not None, "replay holds the target view"
@@ -90,7 +107,7 @@ def read_training_rows(job: TrainJob, store: Store, dataset: Dataset, processor:
             rows.append(
                 TrainingRow(
                     sample_id=rollout.sample_id,
-                    inputs=encoded[rollout.sample_id],
+                    prompt=prompts[rollout.sample_id],
                     token_ids=rollout.token_ids,
                     sampler_logprobs=rollout.logprobs,
                     teacher_logprobs=teacher,
@@ -114,6 +131,13 @@ def mini_batches(rows: Sequence[TrainingRow], job: TrainJob, epoch: int) -> list
     return [[index for sample_id in part for index in groups[sample_id]] for part in parts]
 
 
+def share_of(rows: Sequence[TrainingRow], mini_batch: Sequence[int], process: int, num_processes: int) -> list[int]:
+    """Give a process its part of a mini-batch: whole groups, dealt out in turn; none where there are too few."""
+    groups = list(dict.fromkeys(rows[index].sample_id for index in mini_batch))
+    own = set(groups[process::num_processes])
+    return [index for index in mini_batch if rows[index].sample_id in own]
+
+
 def micro_batches(
     rows: Sequence[TrainingRow], indices: Sequence[int], max_batch_tokens: int, *, shared: bool
 ) -> list[list[int]]:
@@ -134,7 +158,7 @@ def micro_batches(
     stacks: dict[object, list[list[int]]] = defaultdict(list)
     for members in groups.values():
         for part in _parts(rows, members, max_batch_tokens, shared):
-            stacks[signature(rows[part[0]].inputs), len(part)].append(part)
+            stacks[signature(rows[part[0]].prompt.inputs), len(part)].append(part)
     batches = []
     for same in stacks.values():
         batch: list[int] = []
@@ -161,11 +185,11 @@ def _parts(rows: Sequence[TrainingRow], members: list[int], max_batch_tokens: in
 def _cost(rows: Sequence[TrainingRow], batch: Sequence[int], shared: bool) -> int:
     longest = max(len(rows[index].token_ids) for index in batch)
     num_prompts = len({rows[index].sample_id for index in batch}) if shared else len(batch)
-    return num_prompts * num_tokens(rows[batch[0]].inputs) + len(batch) * longest
+    return num_prompts * num_tokens(rows[batch[0]].prompt.inputs) + len(batch) * longest
 
 
 def divergences(
-    rows: Sequence[TrainingRow], old_logprobs: dict[int, Tensor], entropy: float, importance_cap: float | None
+    rows: Sequence[TrainingRow], old_logprobs: Sequence[Tensor], entropy: float, importance_cap: float | None
 ) -> dict[str, Any]:
     """Give how far policy, teacher and sampler are apart on a round's responses as the round begins.
 
@@ -178,7 +202,7 @@ def divergences(
     Raises:
         InputError: a log-prob of the policy or of the sampler is not finite.
     """
-    policy = torch.cat([old_logprobs[index].cpu() for index in range(len(rows))])
+    policy = torch.cat(list(old_logprobs)).cpu()
     teacher = torch.tensor([value for row in rows for value in row.teacher_logprobs])
     sampler = torch.tensor([value for row in rows for value in row.sampler_logprobs])
     difference = (policy - sampler).abs()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from accelerate import Accelerator
 from support.plain import PROMPT, words
 from support.tiny_models import picture
 from torch import Tensor
@@ -16,9 +17,10 @@ from tasks.adapters.prompts import PromptProcessor
 from tasks.adapters.store import Outcome, Store
 from tasks.adapters.tables import read_rows, write_rows
 from tasks.adapters.trainer import Trainer
+from tasks.adapters.trainer_process import TrainerSettings
 from tasks.adapters.training_data import REPLAYS, ROLLOUTS, WEIGHTS, TrainJob
 from tasks.artifacts import ArtifactRef, Job, Record, Replay, Rollout, Sample, Weight, digest_json
-from tasks.config import EngineFingerprint, OptimizerConfig
+from tasks.config import EngineFingerprint, OptimizerConfig, TrainerConfig
 from vzero_core.config import ForwardKLTopKLoss, Loss, SampledLoss
 
 # Two prompts that can be stacked and two that cannot.
@@ -29,6 +31,8 @@ SHARDS = (("a", "b"), ("c", "d"))
 TOP_K = 4
 TOP_K_LOSS = ForwardKLTopKLoss(k=TOP_K)
 K2 = SampledLoss(estimator="k2")
+MAX_PIXELS = 10_000
+ALONE = TrainerConfig()
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_updates=4, mini_batches=2)
 
 
@@ -70,7 +74,7 @@ class TrainingWorld:
         images.mkdir(parents=True, exist_ok=True)
         for number, (name, size) in enumerate(PICTURES.items()):
             picture(*size, seed=number).save(images / f"{name}.png")
-        self.dataset = Dataset(self.store, ImageReader(str(images), max_pixels=10_000))
+        self.dataset = Dataset(self.store, ImageReader(str(images), MAX_PIXELS))
         samples = [
             Sample(
                 id=name,
@@ -83,15 +87,35 @@ class TrainingWorld:
         self.samples = self._given(_Views(name="samples"), SAMPLES, samples, Sample)
         self.initial = self.store.produce(_Model(name="student"), self._no_policy)
 
-    def trainer(self, name: str = "trainer", *, max_batch_tokens: int = 100_000) -> Trainer:
+    def trainer(
+        self, name: str = "trainer", *, max_batch_tokens: int = 100_000, placement: TrainerConfig = ALONE
+    ) -> Trainer:
         """Give a trainer with a work folder of its own, as after a restart on another machine."""
         return Trainer(
             self.store,
             self.dataset,
+            Accelerator(cpu=True),
             student=str(self.student),
             work_dir=self.root / name,
             device="cpu",
             max_batch_tokens=max_batch_tokens,
+            placement=placement,
+        )
+
+    def settings(self, work_dir: Path, *, placement: TrainerConfig = ALONE) -> TrainerSettings:
+        """Give what a trainer needs, in whatever process."""
+        return TrainerSettings(
+            store=self.store.url,
+            cache_bytes=0,
+            images=str(self.root / "images"),
+            max_image_pixels=MAX_PIXELS,
+            student=str(self.student),
+            work_dir=work_dir,
+            max_batch_tokens=100_000,
+            threads=1,
+            placement=placement,
+            trackers=(),
+            run_name="test",
         )
 
     def job(

@@ -93,7 +93,7 @@ def test_scores_of_logits_are_the_same(topk: bool) -> None:
         score_logits(hidden @ weight.T, token_ids, chosen),
         score_tokens(hidden, weight, token_ids, chosen),
     )
-    for name, values in vars(found).items():
+    for name, values in found._asdict().items():
         assert (values - getattr(expected, name)).abs().max() <= EXACT[torch.float64] if values.numel() else not topk
     for grad, right in zip(gradients(found, hidden, weight), gradients(expected, hidden, weight), strict=True):
         assert close(grad, right, EXACT[torch.float64])

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from tasks.adapters import packed
 from tasks.adapters.models import load_model
 from tasks.adapters.output_layer import score_tokens
-from tasks.adapters.packed import enable_packing, packed_hidden, shares_prompt_exactly
+from tasks.adapters.packed import enable_packing, packed_hidden
+from tasks.adapters.policy_model import PolicyModel
 from tasks.adapters.prompts import ModelInputs, PromptProcessor
 from tasks.adapters.transformers_engine import pad_right
 
@@ -199,7 +200,9 @@ def test_a_model_that_takes_packed_rows_computes_all_else_as_before(family: str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_share_exactly(family: str, case: Callable[..., Case]) -> None:
     model, inputs, responses, _ = case(family, "float32")
-    assert shares_prompt_exactly(model, inputs[0], pad_right(responses[1:3], 0))
+    policy = PolicyModel(model)
+    assert policy.try_packing(policy, inputs[0], pad_right(responses[1:3], 0))
+    assert policy.packed
 
 
 @pytest.mark.parametrize("part", ["attention", "linear attention", "position", "output layer", "window", "eager"])
@@ -221,5 +224,7 @@ def test_a_path_that_differs_is_refused(part: str, case: Callable[..., Case], mo
         model.set_attn_implementation("eager")
     else:
         model.config.text_config.layer_types = ["linear_attention", "sliding_attention"]
-    assert not shares_prompt_exactly(model, inputs[0], pad_right(responses[1:3], 0))
+    policy = PolicyModel(model)
+    assert not policy.try_packing(policy, inputs[0], pad_right(responses[1:3], 0))
+    assert not policy.packed
     assert (model.get_decoder().config._attn_implementation == "eager") == (part == "eager")

@@ -13,8 +13,9 @@ from support.training import TOP_K_LOSS, TrainingWorld
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from tasks.adapters import trainer
+from tasks.adapters import training_state
 from tasks.adapters.models import load_model
+from tasks.adapters.policy_model import PolicyModel
 from tasks.adapters.tables import read_rows
 from tasks.adapters.training_data import TrainingRow, TrainJob, mini_batches, read_training_rows
 from tasks.artifacts import Rollout
@@ -70,7 +71,7 @@ def reference(
     rows = read_training_rows(job, world.store, world.dataset, world.processor)
     with torch.no_grad():
         old = [
-            plain_logits(model, row.inputs, row.token_ids)
+            plain_logits(model, row.prompt.inputs, row.token_ids)
             .log_softmax(-1)
             .gather(-1, torch.tensor(row.token_ids)[:, None])[:, 0]
             for row in rows
@@ -86,7 +87,7 @@ def reference(
             total = 0.0
             for index in batch:
                 row = rows[index]
-                losses = token_losses(job.loss, plain_logits(model, row.inputs, row.token_ids), row, old[index])
+                losses = token_losses(job.loss, plain_logits(model, row.prompt.inputs, row.token_ids), row, old[index])
                 weighted = losses * torch.tensor(row.weights)
                 if config.importance_cap is not None:
                     sampled = torch.tensor(row.sampler_logprobs, dtype=torch.float64).exp()
@@ -155,7 +156,7 @@ def other_engine(world: TrainingWorld, job: TrainJob) -> TrainJob:
     random = torch.Generator().manual_seed(5)
     rows = read_training_rows(job, world.store, world.dataset, world.processor)
     with torch.no_grad():
-        own = [plain_logprobs(model, row.inputs, row.token_ids) for row in rows]
+        own = [plain_logprobs(model, row.prompt.inputs, row.token_ids) for row in rows]
     return world.with_sampler_logprobs(
         job, [values + 0.5 * torch.randn(len(values), generator=random) for values in own]
     )
@@ -212,11 +213,11 @@ def test_a_student_that_takes_no_packed_rows_is_trained_the_plain_way(
         model.get_input_embeddings().register_forward_pre_hook(count)
         return model
 
-    monkeypatch.setattr(trainer, "load_model", counted)
+    monkeypatch.setattr(training_state, "load_model", counted)
     packed = world.trainer("packed").train(job)
     num_packed, num_tokens = num_tokens, 0
     assert "once for each response" not in caplog.text
-    monkeypatch.setattr(trainer, "shares_prompt_exactly", lambda *arguments: False)
+    monkeypatch.setattr(PolicyModel, "try_packing", lambda *arguments: False)
     plain = world.trainer("plain").train(job)
     assert "once for each response" in caplog.text
     # The start-up check, of 3 prompts, is in the first of the two.
@@ -252,7 +253,7 @@ def test_the_second_update_is_clipped_somewhere(folders: dict[str, Path], tmp_pa
     with torch.no_grad():
         for row in rows:
             old, new = (
-                plain_logits(model, row.inputs, row.token_ids)
+                plain_logits(model, row.prompt.inputs, row.token_ids)
                 .log_softmax(-1)
                 .gather(-1, torch.tensor(row.token_ids)[:, None])[:, 0]
                 for model in (before, after)
@@ -273,7 +274,7 @@ def test_divergences_are_those_of_the_round_as_it_begins(folders: dict[str, Path
     k1, k3, entropy, difference, ratios = [], [], [], [], []
     with torch.no_grad():
         for row in rows:
-            logprobs = plain_logits(model, row.inputs, row.token_ids).log_softmax(-1)
+            logprobs = plain_logits(model, row.prompt.inputs, row.token_ids).log_softmax(-1)
             entropy += (-(logprobs.exp() * logprobs).sum(-1)).tolist()
             for token, teacher, sampler, distribution in zip(
                 row.token_ids, row.teacher_logprobs, row.sampler_logprobs, logprobs.tolist(), strict=True

@@ -15,14 +15,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from support.plain import plain_logprobs
 from support.training import K2, OPTIMIZER, TrainingWorld
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from tasks.adapters.models import load_processor, weights_digest
+from tasks.adapters import training_state
+from tasks.adapters.models import load_model, load_processor, weights_digest
 from tasks.adapters.store import StoreError
 from tasks.adapters.trainer import Trainer, Update
 from tasks.adapters.training_data import CheckpointJob, TrainJob, read_training_rows
+from tasks.adapters.training_state import TrainingState
 from tasks.artifacts import ArtifactRef
-from tasks.config import ModelConfig, OptimizerConfig, PlacementConfig
+from tasks.config import LoRAConfig, ModelConfig, OptimizerConfig, PlacementConfig, TrainerConfig
 from tasks.serve import Engines
 from tasks.stage import RunContext
 from tasks.train import checkpoint, train
@@ -60,6 +62,39 @@ def test_micro_batches_do_not_matter(loss: Any, kind: Any, cap: float | None, wo
         parts = weights(world.trainer(f"budget {budget}", max_batch_tokens=budget).train(job))
         for name, tensor in whole.items():
             assert (parts[name] - tensor).norm() <= 1e-6 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "qwen3_5", "idefics3"])
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)], ids=["all weights", "adapters"])
+def test_activations_computed_again_give_the_same_update(
+    lora: LoRAConfig | None,
+    family: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = TrainingWorld(folders[family], tmp_path)
+    job = world.job(loss=RELEASE, weights="token", optimizer=changed(lora=lora))
+    num_calls = 0
+
+    def counted(*arguments: Any) -> PreTrainedModel:
+        def count(*_: Any) -> None:
+            nonlocal num_calls
+            num_calls += 1
+
+        model = load_model(*arguments)
+        # A layer's own hooks are outside of what is computed again.
+        model.get_decoder().layers[0].mlp.register_forward_pre_hook(count)
+        return model
+
+    monkeypatch.setattr(training_state, "load_model", counted)
+    kept = world.trainer("kept").train(job)
+    num_kept, num_calls = num_calls, 0
+    again = world.trainer("again", placement=TrainerConfig(gradient_checkpointing=True)).train(job)
+    # Forward batches: of the check two, of the old log-probs some, and of each update's some more, computed twice.
+    assert num_kept < num_calls < 2 * num_kept
+    assert again.policy == kept.policy
+    assert again.summary == kept.summary
 
 
 def test_frozen_parts_stay_bit_for_bit_and_the_rest_moves(world: TrainingWorld) -> None:
@@ -140,7 +175,7 @@ def test_a_round_of_skipped_updates_changes_nothing(world: TrainingWorld, monkey
     summary = world.store.manifest(ref).summary
     assert (summary["num_skipped_updates"], summary["num_updates"]) == (1, 0)
     assert summary["grad_norm"] is summary["loss"] is None
-    after = load_file(run.engines.trainer._work_dir / f"policy-{ref.key}" / "model" / "model.safetensors")
+    after = load_file(trainer_of(run)._work_dir / f"policy-{ref.key}" / "model" / "model.safetensors")
     for name, tensor in initial(world).items():
         assert torch.equal(after[name], tensor), name
     run.restart("again")
@@ -173,7 +208,7 @@ def own_logprobs(world: TrainingWorld, job: TrainJob) -> list[torch.Tensor]:
     model = AutoModelForImageTextToText.from_pretrained(world.student, dtype=torch.float64)
     rows = read_training_rows(job, world.store, world.dataset, world.processor)
     with torch.no_grad():
-        return [plain_logprobs(model, row.inputs, row.token_ids) for row in rows]
+        return [plain_logprobs(model, row.prompt.inputs, row.token_ids) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -256,12 +291,14 @@ class Run:
         """Go on in another process on another machine: nothing is held, nothing lies on the local disk."""
         model = ModelConfig(path=str(self.world.student))
         work_dir = self.world.root / name
+        placement = PlacementConfig(threads=1, work_dir=str(work_dir))
         self.engines = Engines(
             self.world.store,
             self.world.dataset,
             student=model,
             teacher=model,
-            placement=PlacementConfig(threads=1, work_dir=str(work_dir)),
+            placement=placement,
+            training=self.world.settings(work_dir),
             work_dir=work_dir,
             track=Silent().track,
         )
@@ -293,6 +330,12 @@ class Run:
         return found.ref
 
 
+def trainer_of(run: Run) -> Trainer:
+    trainer = run.engines.trainer
+    assert isinstance(trainer, Trainer)
+    return trainer
+
+
 @pytest.fixture
 def make_run(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Run]:
     """A run on a store of its own; equal jobs have equal keys in all of them."""
@@ -314,6 +357,18 @@ def test_a_restart_goes_on_from_the_stored_state(make_run: Callable[..., Run], u
     second = run.rounds(2)
     run.restart("second machine")
     assert run.rounds(3, first=3, policy=second) == undisturbed
+
+
+def test_with_adapters_a_restart_goes_on_from_the_stored_state(make_run: Callable[..., Run]) -> None:
+    optimizer = changed(lora=LoRAConfig(rank=2))
+    undisturbed = make_run("whole").rounds(3, optimizer=optimizer)
+    run = make_run("restarted")
+    first = run.rounds(1, optimizer=optimizer)
+    run.restart("second machine")
+    second = run.rounds(2, first=2, policy=first, optimizer=optimizer)
+    run.world.store.prune(run.checkpoint_of(second))
+    run.restart("third machine")
+    assert run.rounds(3, first=3, policy=second, optimizer=optimizer) == undisturbed
 
 
 @pytest.mark.parametrize("lost", [(2,), (1, 2)])
@@ -390,16 +445,16 @@ def test_a_failure_after_the_last_update_leaves_no_trace(
 ) -> None:
     """The disk is full when the weights are written, and half of them lie there at the next try."""
     run = make_run("full disk")
-    save = Trainer._save
+    save = TrainingState.save
 
-    def fill(self: Trainer, folder: Path) -> None:
+    def fill(self: TrainingState, folder: Path) -> None:
         save(self, folder)
         (folder / "model" / "model.safetensors").write_bytes(b"half")
         (folder.with_name(f"{folder.name}.partial") / "model").mkdir(parents=True)
-        monkeypatch.setattr(Trainer, "_save", save)
+        monkeypatch.setattr(TrainingState, "save", save)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Trainer, "_save", fill)
+    monkeypatch.setattr(TrainingState, "save", fill)
     with pytest.raises(OSError, match="No space"):
         run.rounds(1)
     first = run.rounds(1)
@@ -428,7 +483,7 @@ def test_the_last_job_costs_nothing_again(world: TrainingWorld) -> None:
 def test_what_was_let_go_is_loaded_again(make_run: Callable[..., Run], undisturbed: ArtifactRef) -> None:
     run = make_run("released")
     policy = run.rounds(1)
-    held = weakref.ref(run.engines.trainer._model)
+    held = weakref.ref(trainer_of(run)._state)
     with run.engines:
         pass
     gc.collect()
@@ -510,7 +565,7 @@ def test_a_checkpoint_is_a_plain_model_folder_without_anything_pickled(
     run.world.store.fetch(ref, "model", tmp_path / "opened")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "opened", dtype=torch.float64)
     policy = json.loads(run.world.store.read(ref, "policy.json"))
-    assert policy == {"weights": weights_digest(model), "num_updates": 2}
+    assert policy == {"weights": weights_digest(model.state_dict()), "num_updates": 2}
     assert load_processor(tmp_path / "opened").tokenizer.get_vocab() == run.world.processor.tokenizer.get_vocab()
     assert model.generation_config.eos_token_id == [2, 0]
 

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from support.training import OPTIMIZER, TrainingWorld
 
 from tasks.adapters.prompts import signature
-from tasks.adapters.training_data import TrainingRow, TrainJob, micro_batches, mini_batches, read_training_rows
+from tasks.adapters.training_data import (
+    TrainingPrompt,
+    TrainingRow,
+    TrainJob,
+    micro_batches,
+    mini_batches,
+    read_training_rows,
+)
 
 PROMPT_LENGTHS = {"a": 10, "b": 10, "c": 14, "d": 10, "e": 14}
 
@@ -20,7 +27,7 @@ def row(sample_id: str, length: int) -> TrainingRow:
     zeros = (0.0,) * length
     return TrainingRow(
         sample_id=sample_id,
-        inputs={"input_ids": torch.zeros(1, PROMPT_LENGTHS[sample_id], dtype=torch.int64)},
+        prompt=TrainingPrompt(lambda: {"input_ids": torch.zeros(1, PROMPT_LENGTHS[sample_id], dtype=torch.int64)}),
         token_ids=(1,) * length,
         sampler_logprobs=zeros,
         teacher_logprobs=zeros,
@@ -81,7 +88,7 @@ def test_forward_batches_hold_every_response_once_within_the_budget(budget: int,
     batches = micro_batches(ROWS, indices, budget, shared=shared)
     assert sorted(chain(*batches)) == indices
     for batch in batches:
-        assert len({signature(ROWS[index].inputs) for index in batch}) == 1
+        assert len({signature(ROWS[index].prompt.inputs) for index in batch}) == 1
         groups = [names(ROWS, batch).count(name) for name in dict.fromkeys(names(ROWS, batch))]
         assert len(set(groups)) == 1
         # Responses of one prompt stand together, as the forward pass takes them.
@@ -120,7 +127,7 @@ def test_rows_join_what_belongs_together(world: TrainingWorld) -> None:
             assert logprob <= values[0]
             if token in ids:
                 assert values[ids.index(token)] == logprob
-    assert len({id(item.inputs) for item in rows}) == 4
+    assert len({id(item.prompt.inputs) for item in rows}) == 4
 
 
 @given(

@@ -23,6 +23,7 @@ def test_an_engine_asked_for_after_the_run_is_not_started(tmp_path: Path) -> Non
         student=ModelConfig(path="embedded:student"),
         teacher=ModelConfig(path="embedded:teacher"),
         placement=PlacementConfig(),
+        training=unused,
         work_dir=tmp_path,
         track=lambda *_: nullcontext(lambda _: None),
     )
