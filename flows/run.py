@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,6 +50,19 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
         student=config.student,
         teacher=config.teacher,
         placement=config.placement,
+        training=TrainerSettings(
+            store=config.store.url,
+            cache_bytes=int(config.store.cache_gib * _GIB),
+            images=image_root(data),
+            max_image_pixels=max_pixels,
+            student=config.student.path,
+            work_dir=work_dir,
+            max_batch_tokens=config.placement.max_batch_tokens,
+            threads=config.placement.threads,
+            placement=config.placement.trainer,
+            trackers=config.tracking.trackers,
+            run_name=f"{config.name}, seed {config.seed}",
+        ),
         work_dir=work_dir,
         track=partial(show_progress, terminal),
     )
@@ -130,8 +143,12 @@ def trainer_fingerprint(model: ModelConfig) -> EngineFingerprint:
     """Give what trains, which is also the engine in the box: transformers, in the process of the run."""
     return EngineFingerprint(
         engine="transformers",
-        version=version("transformers"),
+        version=_version("transformers"),
         # A local version such as +cpu is a build, not another arithmetic.
-        torch=version("torch").split("+")[0],
+        torch=_version("torch").split("+")[0],
         dtype=model.dtype,
     )
+
+
+# Every round names what computes; to look a version up is to search the disk.
+_version = cache(version)

@@ -16,6 +16,9 @@ from vzero_core.diagnostics import gate_health
 from vzero_core.evidence import evidence_scores
 from vzero_core.gating import gate_weights, prefix_trust
 
+COLUMNS = tuple(name for name in Replay.model_fields if name not in ("topk_ids", "topk_logprobs"))
+"""Of a replay; the likeliest tokens, most of its bytes, are for the loss alone."""
+
 
 class GateJob(Job):
     """Weigh the responses of a round."""
@@ -36,7 +39,7 @@ class GateJob(Job):
 @stage(GateJob)
 def gate(job: GateJob, context: RunContext, folder: Path) -> Outcome:
     """Give every response of the round its weight, from the teacher's log-probs alone."""
-    replays = [row for ref in job.replays for row in read_rows(context.store.read(ref, REPLAYS), Replay)]
+    replays = [row for ref in job.replays for row in read_rows(context.store.read(ref, REPLAYS), Replay, COLUMNS)]
     if isinstance(job.gate, GateConfig):
         rows, summary = _contrastive(replays, job.gate)
     elif isinstance(job.gate, PrefixTrustConfig):

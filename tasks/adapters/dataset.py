@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from collections.abc import Sequence
 
 from PIL import Image
@@ -10,7 +11,7 @@ from pydantic import ConfigDict, Field
 from tasks.adapters.images import ImageReader
 from tasks.adapters.store import Store
 from tasks.adapters.tables import read_rows
-from tasks.artifacts import ArtifactRef, EvaluationSample, Record, Sample
+from tasks.artifacts import ArtifactRef, EvaluationSample, ImageRef, Record, Sample
 from vzero_core.views import Box, PixelBox, Size, scale_box
 
 SAMPLES, QUARANTINE, MODELS = "samples.parquet", "quarantine.parquet", "models.json"
@@ -21,6 +22,9 @@ VIEWS_PER_FILE = 32
 """A round reads those of its prompts only, so files are small."""
 VIEW_FILES_KEPT = 64
 """Files of crops kept in memory; what was read first goes first."""
+IMAGE_BYTES_KEPT = 1 << 28
+"""Of decoded images kept in memory; what was asked for longest ago goes first."""
+_CHANNELS = 3
 
 
 class SampleViews(Record):
@@ -59,6 +63,12 @@ class Dataset:
         self._samples: dict[str, list[Sample]] = {}
         self._views: dict[tuple[str, str], dict[str, SampleViews]] = {}
         self._shards: dict[str, list[ViewShard]] = {}
+        # By sample, not by image alone: who groups prompts by the image that they hold gets the same groups whatever
+        # is kept here.
+        self._images: dict[tuple[str, ImageRef], Image.Image] = {}
+        self._image_bytes = 0
+        # A shard is replayed in a thread of its own.
+        self._lock = threading.Lock()
 
     def samples(self, ref: ArtifactRef) -> list[Sample]:
         """Give all training samples, in the order of their table."""
@@ -71,8 +81,25 @@ class Dataset:
         return read_rows(self._store.read(ref, SAMPLES), EvaluationSample)
 
     def image(self, sample: Sample | EvaluationSample) -> Image.Image:
-        """Give a sample's full image."""
-        return self.images.read(sample.image)
+        """Give a sample's full image, which is not to be changed; those of a round are read from disk once.
+
+        Raises:
+            InputError: it is not the image that was validated.
+        """
+        key = (sample.id, sample.image)
+        with self._lock:
+            image = self._images.pop(key, None)
+            if image is not None:
+                self._images[key] = image
+                return image
+        image = self.images.read(sample.image)
+        with self._lock:
+            if key not in self._images:
+                self._image_bytes += _num_bytes(image)
+            self._images[key] = image
+            while self._image_bytes > IMAGE_BYTES_KEPT:
+                self._image_bytes -= _num_bytes(self._images.pop(next(iter(self._images))))
+        return image
 
     def detail(self, sample: Sample | EvaluationSample) -> Image.Image:
         """Give the image that crops are cut from."""
@@ -95,6 +122,10 @@ class Dataset:
             if len(self._views) > VIEW_FILES_KEPT:
                 self._views.pop(next(iter(self._views)))
         return self._views[key][sample_id]
+
+
+def _num_bytes(image: Image.Image) -> int:
+    return image.width * image.height * _CHANNELS
 
 
 def open_png(content: bytes) -> Image.Image:

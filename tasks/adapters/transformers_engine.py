@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from tasks.adapters.forward import Prefix, compute_stem, logits_of, prefill, response_hidden, stem_length
 from tasks.adapters.models import load_model
@@ -45,6 +47,7 @@ class TransformersEngine:
         self._digest = digest
         self._dtype = dtype
         self._max_batch_tokens = max_batch_tokens
+        self._verbatim: bool | None = None
         self.processor = PromptProcessor(folder)
         self._eos_ids = end_of_turn_ids(self._model.generation_config, self.processor)
         self._banned = torch.tensor(banned_ids(self._model.config, self.processor, self._eos_ids), device=device)
@@ -57,9 +60,9 @@ class TransformersEngine:
         """
         if digest == self._digest:
             return
-        # Read as a model is read, since files may name tensors otherwise than memory does; copied in place, so that
-        # the device never holds the weights twice.
-        weights, held = load_model(folder, self._dtype, "cpu").state_dict(), self._model.state_dict()
+        # Copied in place, so that the device never holds the weights twice.
+        held = self._model.state_dict()
+        weights = self._read_weights(folder, held)
         shapes, expected = ({(name, value.shape) for name, value in state.items()} for state in (weights, held))
         if different := sorted({name for name, _ in shapes ^ expected}):
             raise InputError(
@@ -69,6 +72,25 @@ class TransformersEngine:
         self._digest = ""
         self._model.load_state_dict(weights)
         self._digest = digest
+
+    def _read_weights(self, folder: Path, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the weights of a model folder by the names that they have in memory.
+
+        They are read as a model is read, since files may name or cut tensors otherwise. Where the first exchange shows
+        that they do not, files with all names are from then on read as they are: to build a small model takes far
+        longer than to read its weights.
+        """
+        if self._verbatim:
+            found = _read_files(folder, held)
+            if found.keys() == held.keys():
+                return found
+        weights: dict[str, torch.Tensor] = load_model(folder, self._dtype, "cpu").state_dict()
+        if self._verbatim is None:
+            found = _read_files(folder, held)
+            self._verbatim = found.keys() == weights.keys() and all(
+                torch.equal(found[name].to(tensor.dtype), tensor) for name, tensor in weights.items()
+            )
+        return weights
 
     @torch.inference_mode()
     def sample(
@@ -251,6 +273,19 @@ def within_budget(items: Sequence[T], cost: Callable[[Sequence[T]], int], budget
         batch.append(item)
     if batch:
         yield batch
+
+
+def _read_files(folder: Path, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give the tensors in a folder's files, and those that share their place in memory with one of them."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            found |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"model folder {folder} must have whole weights, but {error}; copy them again") from error
+    places = {name: tensor.data_ptr() for name, tensor in held.items()}
+    by_place = {places[name]: tensor for name, tensor in found.items() if name in places}
+    return found | {name: by_place[place] for name, place in places.items() if place in by_place}
 
 
 def _uniform(seeds: Sequence[int], length: int) -> np.ndarray:

@@ -5,13 +5,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.plain import allowed_ids, prompts, words
 from support.tiny_models import FAMILIES, save_tiny_model
+from transformers import PreTrainedModel
 
+from tasks.adapters import transformers_engine as module
+from tasks.adapters.models import load_model
 from tasks.adapters.prompts import banned_ids, end_of_turn_ids
 from tasks.adapters.transformers_engine import TransformersEngine
 from tasks.ports import ReplayRequest, Response, SamplingRequest
@@ -25,8 +29,8 @@ def nothing(_: int) -> None:
     pass
 
 
-def start(folder: Path, digest: str = "initial") -> TransformersEngine:
-    return TransformersEngine(folder, digest, dtype="float32", device="cpu", max_batch_tokens=100_000)
+def start(folder: Path, digest: str = "initial", *, dtype: str = "float32") -> TransformersEngine:
+    return TransformersEngine(folder, digest, dtype=dtype, device="cpu", max_batch_tokens=100_000)
 
 
 def sample(engine: TransformersEngine, *, temperature: float = 1.0, max_new_tokens: int = 6) -> list[Response]:
@@ -159,8 +163,10 @@ def test_new_weights_are_those_of_a_fresh_engine(
     after = scores(engine)
     assert (after - before).abs().max() > 0.1
     assert torch.equal(after, scores(start(others(family))))
-    engine.load_weights(folders[family], "initial")
-    assert torch.equal(scores(engine), before)
+    # Once more each way: from the second exchange on, files may be read otherwise than a model is.
+    for expected, folder, digest in ((before, folders[family], "initial"), (after, others(family), "other")):
+        engine.load_weights(folder, digest)
+        assert torch.equal(scores(engine), expected)
 
 
 def test_the_digest_that_is_held_is_no_work(folders: dict[str, Path], others: Callable[[str], Path]) -> None:
@@ -172,6 +178,81 @@ def test_the_digest_that_is_held_is_no_work(folders: dict[str, Path], others: Ca
 
 
 NAME = "model.language_model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_built_for_the_first_exchange_alone(
+    dtype: str, folders: dict[str, Path], others: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+
+    def build(folder: Path, *args: Any) -> PreTrainedModel:
+        built.append(folder)
+        return load_model(folder, *args)
+
+    engine = start(folders["qwen3_vl"], dtype=dtype)
+    before = engine._model.state_dict()[NAME].clone()
+    monkeypatch.setattr(module, "load_model", build)
+    for number, folder in enumerate((others("qwen3_vl"), folders["qwen3_vl"]) * 2):
+        engine.load_weights(folder, str(number))
+    assert built == [others("qwen3_vl")]
+    assert torch.equal(engine._model.state_dict()[NAME], before)
+
+
+def test_files_that_name_tensors_otherwise_are_read_as_a_model_is(
+    folders: dict[str, Path], others: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Also after files that did not; names as on the hub, from before the language model had a name of its own."""
+    weights = load_model(others("qwen2_5_vl"), "float32", "cpu").state_dict()
+    on_hub = {"model.language_model.": "model.", "model.visual.": "visual."}
+    for kind, names in (("plain", {}), ("hub", on_hub)):
+        folder = shutil.copytree(others("qwen2_5_vl"), tmp_path / kind)
+        renamed = {}
+        for name, tensor in weights.items():
+            start_of_name = next((known for known in names if name.startswith(known)), "")
+            renamed[names.get(start_of_name, "") + name.removeprefix(start_of_name)] = tensor.clone()
+        save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert weights.keys() != renamed.keys()
+    expected = scores(start(others("qwen2_5_vl")))
+    for order in (("plain", "hub", "plain", "hub"), ("hub", "plain", "hub")):
+        engine = start(folders["qwen2_5_vl"])
+        for number, kind in enumerate(order):
+            engine.load_weights(tmp_path / kind, str(number))
+            assert torch.equal(scores(engine), expected)
+            engine.load_weights(folders["qwen2_5_vl"], f"other {number}")
+
+
+def test_files_of_the_same_names_that_loading_changes_are_read_as_a_model_is(
+    folders: dict[str, Path], others: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an architecture has its experts' matrices the other way round in files."""
+
+    def convert(folder: Path, *args: Any) -> PreTrainedModel:
+        model = load_model(folder, *args)
+        model.get_parameter(NAME).data.neg_()
+        return model
+
+    monkeypatch.setattr(module, "load_model", convert)
+    engine = start(others("qwen3_vl"))
+    for number, folder in enumerate((folders["qwen3_vl"], others("qwen3_vl"), folders["qwen3_vl"])):
+        engine.load_weights(folder, str(number))
+        assert torch.equal(engine._model.get_parameter(NAME), -load_file(folder / "model.safetensors")[NAME])
+
+
+def test_damaged_weights_are_refused_also_where_files_are_read_as_they_are(
+    folders: dict[str, Path], others: Callable[[str], Path], tmp_path: Path
+) -> None:
+    engine = start(folders["qwen3_vl"])
+    engine.load_weights(others("qwen3_vl"), "other")
+    before = scores(engine)
+    bad = shutil.copytree(folders["qwen3_vl"], tmp_path / "bad")
+    content = (bad / "model.safetensors").read_bytes()
+    (bad / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="must have whole weights"):
+        engine.load_weights(bad, "bad")
+    with pytest.raises(InputError, match="no such folder"):
+        engine.load_weights(Path("no such folder"), "bad")
+    assert torch.equal(scores(engine), before)
 
 
 def without_tensor(weights: dict[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from tasks.adapters.tables import read_rows, schema_of, write_rows
 from tasks.artifacts import BadRow, ImageRef, Record, Replay, Rollout, Sample, Weight
@@ -35,6 +36,19 @@ ROWS: list[Record] = [
 def test_rows_survive(row: Record, tmp_path: Path) -> None:
     write_rows(tmp_path / "t.parquet", [row, row], type(row))
     assert read_rows((tmp_path / "t.parquet").read_bytes(), type(row)) == [row, row]
+
+
+def test_columns_that_are_not_asked_for_have_their_defaults(tmp_path: Path) -> None:
+    row = ROWS[5]
+    assert isinstance(row, Replay)
+    write_rows(tmp_path / "t.parquet", [row], Replay)
+    content = (tmp_path / "t.parquet").read_bytes()
+    assert row.topk_ids is not None
+    assert read_rows(content, Replay, ["index", "sample_id", "max_logprobs"]) == [
+        Replay(sample_id="1", index=1, max_logprobs=row.max_logprobs)
+    ]
+    with pytest.raises(ValidationError, match="max_logprobs"):
+        read_rows(content, Replay, ["sample_id", "index"])
 
 
 def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
