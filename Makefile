@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
+TRL_VENV := .venv-trl
 # Where no GPU is wanted, set this to the address of PyTorch's CPU wheels (pytorch.org/get-started names it):
 # without it, pip takes the build that the package index serves for this platform.
 VZERO_TORCH_INDEX ?=
@@ -13,7 +14,7 @@ PREFECT_HOME := $(CURDIR)/.vzero/prefect
 OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME) \
 	MPLCONFIGDIR=$(CURDIR)/.vzero/matplotlib
 
-.PHONY: demo test test-s3 test-vllm vllm-cpu test-slow small-world five-seeds lint setup clean
+.PHONY: demo test test-s3 test-vllm vllm-cpu test-slow small-world five-seeds bench lint setup clean
 
 demo: setup
 	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
@@ -42,6 +43,18 @@ small-world: setup
 five-seeds: setup
 	@$(OWN_HOMES) $(BIN)/python tests/benchmarks/five_seeds.py
 
+bench: setup $(TRL_VENV)/ready
+	@$(OWN_HOMES) $(BIN)/python tests/benchmarks/shared_prefix.py
+
+# TRL, to compare with, in an environment of its own: its multimodal training wants torchvision.
+$(TRL_VENV)/ready: tests/benchmarks/trl_environment.py tests/benchmarks/trl_constraints.txt
+	@echo "setting up $(TRL_VENV), once: some two minutes and 1.5 GB"
+	@$(PYTHON) -m venv $(TRL_VENV)
+	@$(TRL_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		$(if $(VZERO_TORCH_INDEX),--index-url $(VZERO_TORCH_INDEX)) torch==2.13.0
+	@$(TRL_VENV)/bin/python tests/benchmarks/trl_environment.py
+	@touch $@
+
 # vLLM for tests, on CPU and in an environment of its own: it wants other releases than the project does.
 vllm-cpu: $(VLLM_VENV)/ready
 
@@ -68,4 +81,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .vzero
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) .vzero

@@ -78,6 +78,16 @@ MISTAKES: dict[str, tuple[Callable[[Path, Rows], None], str, list[str]]] = {
     "no weights": (no_weights, "", ["student", "safetensors"]),
     "unknown key": (no_change, "[gate]\nalpa = 1", ["gate.alpa is no setting", "did you mean alpha?"]),
     "too few samples": (no_change, "[rounds]\nprompts_per_round = 99", ["prompts_per_round", "at most the number"]),
+    "too little memory": (
+        no_change,
+        "[placement.hardware]\nmemory_gib = 0.5",
+        ["need", "on cpu, which has 0.5 (placement.hardware.memory_gib)"],
+    ),
+    "unknown tracker": (
+        no_change,
+        '[tracking]\ntrackers = ["wandb"]',
+        ["tracking.trackers must be installed, got wandb"],
+    ),
     "image token in a question": (change(2, question="<|image_pad|> ?"), "", ["row 3", "special tokens"]),
 }
 

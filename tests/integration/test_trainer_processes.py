@@ -4,6 +4,8 @@ import http.client
 import math
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,7 +21,7 @@ from support.training import OPTIMIZER, TOP_K_LOSS, TrainingWorld
 
 from tasks.adapters.process_guard import find_process, session_members
 from tasks.adapters.trainer import Update
-from tasks.adapters.trainer_process import TrainerProcesses
+from tasks.adapters.trainer_process import TrainerProcesses, launch_command
 from tasks.adapters.training_data import CheckpointJob, TrainJob
 from tasks.artifacts import ArtifactRef
 from tasks.config import LoRAConfig, OptimizerConfig, TrainerConfig
@@ -64,8 +66,8 @@ def trainer_on(launched: Callable[[int], TrainerProcesses]) -> Callable[[Trainin
         processes = launched(placement.total_processes)
 
         def train(job: TrainJob) -> Update:
-            settings = world.settings(world.root / placement.sharding, placement=placement)
-            processes._settings = settings.model_copy(update={"max_batch_tokens": SMALL_BATCH})
+            work_dir = world.root / placement.sharding
+            processes._settings = world.settings(work_dir, placement=placement, max_batch_tokens=SMALL_BATCH)
             processes._last = None
             return processes.train(job)
 
@@ -168,6 +170,35 @@ def test_a_state_goes_on_with_another_number_of_processes(
         job = world.job(round=number, policy=ref_of(job), loss=TOP_K_LOSS, weights="token")
         update = train(job)
         assert_equal(update, expected[number - 1], 1e-9)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_processes_on_another_machine_join(students: dict[str, Path], tmp_path: Path) -> None:
+    """The other machine's launcher is told nothing but where to meet."""
+    world = TrainingWorld(students["qwen3_vl"], tmp_path)
+    address = f"127.0.0.1:{free_port()}"
+    placement = TrainerConfig(num_machines=2, address=address, sharding="fsdp2")
+    command = launch_command(placement, 0)[:-1]
+    command[command.index("--machine_rank") + 1] = "1"
+    settings = world.settings(tmp_path / "work", placement=placement).model_copy(
+        update={"max_batch_tokens": SMALL_BATCH}
+    )
+    processes = TrainerProcesses(settings, track=lambda *_: nullcontext(lambda _: None))
+    other = subprocess.Popen(command, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    try:
+        job = world.job(loss=TOP_K_LOSS)
+        assert_equal(processes.train(job), alone(world)(job), 1e-9)
+    finally:
+        processes.release()
+        try:
+            assert other.wait(timeout=60) != 0, "it ends with the main process"
+        finally:
+            other.kill()
 
 
 def test_an_error_of_the_job_is_told_as_in_one_process(

@@ -102,7 +102,9 @@ class TrainingWorld:
             placement=placement,
         )
 
-    def settings(self, work_dir: Path, *, placement: TrainerConfig = ALONE) -> TrainerSettings:
+    def settings(
+        self, work_dir: Path, *, placement: TrainerConfig = ALONE, max_batch_tokens: int = 100_000
+    ) -> TrainerSettings:
         """Give what a trainer needs, in whatever process."""
         return TrainerSettings(
             store=self.store.url,
@@ -111,7 +113,7 @@ class TrainingWorld:
             max_image_pixels=MAX_PIXELS,
             student=str(self.student),
             work_dir=work_dir,
-            max_batch_tokens=100_000,
+            max_batch_tokens=max_batch_tokens,
             threads=1,
             placement=placement,
             trackers=(),

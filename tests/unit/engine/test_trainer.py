@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from support.plain import plain_logprobs
 from support.training import K2, OPTIMIZER, TrainingWorld
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from tasks.adapters import training_state
+from tasks.adapters.accelerator import make_accelerator, require_trackers
 from tasks.adapters.models import load_model, load_processor, weights_digest
 from tasks.adapters.store import StoreError
 from tasks.adapters.trainer import Trainer, Update
@@ -29,7 +31,7 @@ from tasks.serve import Engines
 from tasks.stage import RunContext
 from tasks.train import checkpoint, train
 from vzero_core.config import preset
-from vzero_core.errors import InputError
+from vzero_core.errors import ConfigError, InputError
 
 RELEASE = preset("release").loss
 
@@ -198,6 +200,30 @@ def test_small_updates_are_not_lost_in_bfloat16(world: TrainingWorld) -> None:
     assert moved > 0.8 * count
     assert agreeing > 0.8 * count
     assert 0 < abs(half.summary["divergence_k1"] - full.summary["divergence_k1"]) < 0.05
+
+
+def test_a_rounds_figures_are_sent_to_tensorboard(world: TrainingWorld, tmp_path: Path) -> None:
+    accelerator = make_accelerator(cpu=True, trackers=("tensorboard",), run_name="here", folder=tmp_path / "trackers")
+    trainer = world.trainer()
+    trainer._accelerator = accelerator
+    updates = []
+    policy = None
+    for number in (1, 2):
+        job = world.job(round=number, policy=policy)
+        updates.append(trainer.train(job))
+        policy = ArtifactRef(stage="train", key=job.key, digest="any")
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "trackers" / "here"))
+    events.Reload()
+    for name in ("loss", "grad_norm", "divergence_k1", "entropy"):
+        points = [(event.step, event.value) for event in events.Scalars(name)]
+        assert points == [(number, pytest.approx(update.summary[name])) for number, update in enumerate(updates, 1)]
+
+
+def test_a_tracker_that_is_not_installed_is_named() -> None:
+    require_trackers(("tensorboard",))
+    with pytest.raises(ConfigError, match=r"tracking\.trackers must be installed, got wandb, aim; install"):
+        require_trackers(("wandb", "tensorboard", "aim"))
 
 
 # --- another engine samples ---------------------------------------------------------------------------------------
