@@ -13,14 +13,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.config import PROJECT, RunConfig, load_config
 from flows.data import all_have_regions, both_views, evaluation_questions, validated_samples, with_regions
 from flows.garbage import NUM_KEPT_STATES
-from flows.plan import data_figures, plan_run, show_plan
+from flows.plan import check_plan
 from flows.round import train_round
 from flows.run import fingerprint, open_run
 from flows.server import prefect_server
 from flows.summary import RunResult, print_result, scores_of, stage_times
 from flows.terminal import show_on_terminal
 from tasks.adapters.models import model_digest, model_folder
-from tasks.adapters.planner import require_fit
 from tasks.adapters.training_data import CheckpointJob
 from tasks.artifacts import ArtifactRef, Role
 from tasks.check_models import CheckModelsJob, ModelJob, check_models, model
@@ -54,16 +53,7 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
         checked = check_models(CheckModelsJob(student=student, teacher=teacher, prompt=config.prompt), run)
         questions = evaluation_questions(config, run, checked)
         samples, docs = validated_samples(config, run, checked)
-        figures = data_figures(run.store, samples)
-        plan = plan_run(
-            config,
-            prompt_tokens=figures.prompt_tokens,
-            crop_tokens=figures.crop_tokens,
-            longest_prompt_tokens=figures.longest_prompt_tokens,
-            image_bytes=figures.image_bytes,
-        )
-        show_plan(plan)
-        require_fit(plan)
+        check_plan(config, run.store, samples)
         proposed = with_regions(config, run, samples, teacher)
         views = both_views(config, run, proposed or samples)
 

@@ -1,9 +1,9 @@
 """What a run takes, before it starts: `python -m flows.plan --config my.toml`; fails where it cannot fit."""
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from rich.table import Table
 from flows.config import PROJECT, RunConfig, load_config, resolve_paths
 from tasks.adapters.dataset import FACTS, SAMPLES
 from tasks.adapters.hardware import ask_hardware
-from tasks.adapters.model_shape import ModelShape, read_shape
+from tasks.adapters.model_shape import read_shape
 from tasks.adapters.plan_memory import GIB
 from tasks.adapters.planner import Plan, make_plan, require_fit
 from tasks.adapters.row_facts import RowFacts
@@ -23,7 +23,9 @@ from tasks.adapters.workload import Setup
 from tasks.artifacts import ArtifactRef, Sample
 from tasks.config import VLLMEngine
 from vzero_core.config import ForwardKLTopKLoss, required_views
-from vzero_core.errors import VZeroError
+from vzero_core.errors import InputError, VZeroError
+
+log = logging.getLogger("vzero.plan")
 
 _UNKNOWN = "unknown"
 
@@ -67,6 +69,27 @@ def _mean(values: list[int]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def check_plan(config: RunConfig, store: Store, samples: ArtifactRef) -> None:
+    """Print what a run takes whose data are validated; where nobody can say, it goes on with a warning.
+
+    Args:
+        config: the whole configuration.
+        store: where the validation's tables are.
+        samples: the validation.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    try:
+        plan = plan_run(config, **asdict(data_figures(store, samples)))
+    except InputError as error:
+        # A model of an unusual build can be trained without a plan.
+        log.warning("there is no plan of this run: %s", error)
+        return
+    show_plan(plan)
+    require_fit(plan)
+
+
 def plan_run(
     config: RunConfig,
     *,
@@ -81,7 +104,7 @@ def plan_run(
     Args:
         config: the whole configuration.
         prompt_tokens: of the student's prompt, mean; None where it is unknown.
-        crop_tokens: that a crop adds to it, mean; None where it is unknown.
+        crop_tokens: that a crop adds to it, mean; None for as many as the prompt has.
         longest_prompt_tokens: of the longest one; None for `data.max_prompt_tokens`.
         response_tokens: mean; None for the longest that a response can be.
         image_bytes: of an image's file, mean; None where it is unknown.
@@ -106,29 +129,34 @@ def plan_run(
         top_k=config.loss.k if isinstance(config.loss, ForwardKLTopKLoss) else 0,
         max_prompt_tokens=longest_prompt_tokens or config.data.max_prompt_tokens,
         prompt_tokens=prompt_tokens,
-        crop_tokens=crop_tokens,
+        crop_tokens=prompt_tokens if crop_tokens is None else crop_tokens,
         response_tokens=response_tokens or config.sampling.max_new_tokens,
         image_bytes=image_bytes,
     )
-    return make_plan(setup, ask_hardware(config.placement.hardware))
+    return make_plan(setup, ask_hardware(config.placement))
 
 
 def show_plan(plan: Plan) -> None:
     """Print what a round takes, and what every device needs."""
     console = Console()
-    console.print(_work(plan))
+    if plan.stages:
+        console.print(_work(plan))
+    else:
+        console.print("The plan of a round: tokens and time are unknown, for the length of prompts is", highlight=False)
     for device in plan.devices:
-        there_is = _UNKNOWN if device.capacity is None else f"{device.capacity / GIB:,.2f}"
+        there_is = _UNKNOWN if device.capacity is None else f"{device.capacity / GIB:,.1f}"
         console.print(
-            f"- {', '.join(device.devices)}: needs {device.needed / GIB:,.2f} of {there_is} GiB", highlight=False
+            f"- {', '.join(device.devices)}: needs {device.needed / GIB:,.1f} of {there_is} GiB", highlight=False
         )
-    written, read = (sum(getattr(part, name) for part in plan.traffic) / 1e6 for name in ("written", "read"))
-    console.print(f"- store and images: writes {written:,.3g} MB and reads {read:,.3g} MB a round", highlight=False)
+    written, read = (_figure(sum(getattr(part, name) for part in plan.traffic) / 1e6) for name in ("written", "read"))
+    console.print(f"- store and images: writes {written} MB and reads {read} MB a round", highlight=False)
 
 
 def _show_details(plan: Plan) -> None:
     console = Console()
-    for table in (_models(plan), _work(plan), _memory(plan), _traffic(plan)):
+    console.print(_models(plan))
+    show_plan(plan)
+    for table in (_memory(plan), _traffic(plan)):
         console.print(table)
     for line in _assumptions(plan):
         console.print(f"- {line}", soft_wrap=True, highlight=False)
@@ -143,17 +171,11 @@ def _table(title: str, *columns: str) -> Table:
 
 def _models(plan: Plan) -> Table:
     table = _table("Models, parameters", "part", "student", "teacher")
-    parts: dict[str, Callable[[ModelShape], int]] = {
-        "language layers": lambda shape: shape.language.num_parameters,
-        "vision tower": lambda shape: (
-            shape.num_parameters - shape.language.num_parameters - shape.embedding - shape.output * (not shape.tied)
-        ),
-        "embedding": lambda shape: shape.embedding,
-        "output layer": lambda shape: shape.output * (not shape.tied),
-        "all": lambda shape: shape.num_parameters,
-    }
-    for name, count in parts.items():
-        table.add_row(name, *(f"{count(shape):,}" for shape in (plan.setup.student_shape, plan.setup.teacher_shape)))
+    shapes = (plan.setup.student_shape, plan.setup.teacher_shape)
+    for place in ("language", "vision", "embedding", "output"):
+        sizes = (sum(part.size for part in shape.parameters if part.place == place) for shape in shapes)
+        table.add_row(place, *(f"{size:,}" for size in sizes))
+    table.add_row("all", *(f"{shape.num_parameters:,}" for shape in shapes))
     return table
 
 
@@ -166,17 +188,17 @@ def _work(plan: Plan) -> Table:
             figures = [
                 f"{work.num_computed:,.0f}",
                 f"{work.num_decoded:,.0f}" if work.num_decoded else "",
-                f"{(work.flops + work.decode_flops) / 1e12:,.3g}",
+                _figure((work.flops + work.decode_flops) / 1e12),
             ]
-        table.add_row(stage.name, *figures, _seconds(stage.seconds))
-    if not plan.stages:
-        table.add_row(_UNKNOWN, *[_UNKNOWN] * 4)
-    table.add_row("all, in turn", "", "", "", _seconds(plan.seconds))
+        table.add_row(stage.name, *figures, _figure(stage.seconds))
+    table.add_row("all, in turn", "", "", "", _figure(plan.seconds))
     return table
 
 
-def _seconds(seconds: float | None) -> str:
-    return _UNKNOWN if seconds is None else f"{seconds:,.3g}"
+def _figure(value: float | None) -> str:
+    if value is None:
+        return _UNKNOWN
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory(plan: Plan) -> Table:
@@ -187,9 +209,7 @@ def _memory(plan: Plan) -> Table:
             for part, size in (*use.held, *use.working):
                 table.add_row(name, use.what, part, f"{size / GIB:,.2f}")
                 name = ""
-        capacity = _UNKNOWN if device.capacity is None else f"{device.capacity / GIB:,.2f}"
-        table.add_row("", "needed at once", "", f"{device.needed / GIB:,.2f}", style="bold")
-        table.add_row("", "there is", "", capacity, end_section=True)
+        table.add_section()
     for room in plan.rooms:
         table.add_row(
             f"{room.role}'s server", "one request", f"{room.num_tokens:,} tokens", f"{room.longest / GIB:,.2f}"
@@ -211,9 +231,9 @@ def _assumptions(plan: Plan) -> list[str]:
     longest = f"up to {setup.max_prompt_tokens:,}" if setup.max_prompt_tokens else "that length"
     speeds = []
     for kind in sorted({name.partition(":")[0] for device in plan.devices for name in device.devices}):
-        flops, bandwidth = hardware.flops[kind], hardware.bandwidth[kind]
-        speed = _UNKNOWN if flops is None else f"{flops / 1e12:.3g}"
-        memory = _UNKNOWN if bandwidth is None else f"{bandwidth / 1e9:,.3g}"
+        flops, bandwidth = hardware.flops.get(kind), hardware.bandwidth.get(kind)
+        speed = _figure(None if flops is None else flops / 1e12)
+        memory = _figure(None if bandwidth is None else bandwidth / 1e9)
         speeds.append(f"{kind} {speed} TFLOPS and {memory} GB/s")
     lines = [
         f"tokens: prompt {prompt}, crop {crop}, response {response} in the mean; memory is counted for responses of "
@@ -224,7 +244,7 @@ def _assumptions(plan: Plan) -> list[str]:
     if isinstance(setup.teacher.engine, VLLMEngine) and not setup.placement.teacher_servers.read_prefix_cache:
         lines.append("replay: vLLM computes the prompt once for every response (read_prefix_cache is off)")
     if setup.image_bytes is None:
-        lines.append("images: read three times a round; their size is unknown")
+        lines.append("images: read up to three times a round; their size is unknown")
     return lines
 
 
@@ -233,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.plan", description="Print what a run takes.")
     parser.add_argument("--config", type=Path, help="TOML configuration; without it the small world is planned")
     parser.add_argument("--prompt-tokens", type=int, help="of a prompt, image included; none: unknown")
-    parser.add_argument("--crop-tokens", type=int, help="that a crop adds; none: unknown")
+    parser.add_argument("--crop-tokens", type=int, help="that a crop adds; none: as many as the prompt has")
     parser.add_argument("--response-tokens", type=int, help="of a response; none: sampling.max_new_tokens")
     given = parser.parse_args(arguments)
     try:

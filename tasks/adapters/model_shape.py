@@ -231,8 +231,9 @@ def _shape_of(config: PreTrainedConfig, model: Any) -> ModelShape:
     seen = [(name, part) for name, part in named if place(part) == "vision" and id(part) not in tables]
     merger = sum(part.numel() for name, part in seen if _PER_TOKEN.search(name))
     size = sum(part.numel() for _, part in named if place(part) == "language")
-    chosen = getattr(text, "num_experts_per_tok", None) or 0
-    idle = sum(part.numel() * (1 - chosen / len(part)) for name, part in named if "experts." in name and part.dim() == 3)
+    chosen = getattr(text, "num_experts_per_tok", None) or math.inf
+    experts = [part for name, part in named if "experts." in name and part.dim() == 3]
+    idle = sum(part.numel() * max(0.0, 1 - chosen / len(part)) for part in experts)
     return ModelShape(
         num_parameters=sum(part.numel() for _, part in named),
         language=_language(text, size, size - idle),
@@ -314,13 +315,13 @@ def _merge(config: Any, part: Any) -> int:
     """Give the patches of a visual token, which each family says in its own way."""
     side = getattr(part, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
     if side or (side := getattr(config, "scale_factor", None)):
-        return int(side) ** 2
+        return int(side * side)
     if ratio := getattr(config, "downsample_ratio", None):
-        return round(1 / ratio) ** 2
+        return int(round(1 / ratio) ** 2)
     if num_tokens := getattr(config, "mm_tokens_per_image", None):
         return int(_area(part.image_size) // _area(part.patch_size) // num_tokens)
     return 1
 
 
 def _area(side: int | list[int]) -> int:
-    return math.prod(side) if isinstance(side, list | tuple) else side**2
+    return side**2 if isinstance(side, int) else math.prod(side)

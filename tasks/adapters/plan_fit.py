@@ -1,6 +1,6 @@
 """Whether a run fits into its devices, and where not, which settings change that: by trying them."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,8 +9,8 @@ from tasks.adapters.plan_memory import CPU, CUDA, GIB, ServerRoom, devices_memor
 from tasks.adapters.workload import Setup, servers_of
 from tasks.config import LoRAConfig
 
-Memory = dict[str, float | None]
-"""Bytes of a device, by "cpu" and "cuda"; None is unknown."""
+Memory = Mapping[str, float | None]
+"""Bytes of a device, by its kind; what is not there is unknown."""
 _LEAST_TOKENS = 2048
 """Half of it is the smallest limit that is proposed."""
 _SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)

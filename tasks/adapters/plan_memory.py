@@ -5,6 +5,7 @@ counted by hooks on saved tensors (docs/PLAN.md).
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,8 +22,6 @@ _CPU_CACHE_GIB = 1.0
 """Of a vLLM server on CPU (`vllm_command.server_environment`)."""
 _BACKWARD = 1.25
 """A layer that is computed again, with the gradients of what it keeps; as measured."""
-_ALL_LOGITS = 7 * FLOAT32
-"""Bytes of a logit where a model takes no packed rows, and with it no chunks; as measured."""
 _SCORED_TOKENS = 512
 """Tokens whose log-probs the engine in the box has in memory at a time."""
 
@@ -85,12 +84,12 @@ class DeviceMemory:
         return sum(size for use in self.uses for _, size in use.held) + max(working.values(), default=0)
 
 
-def devices_memory(setup: Setup, capacity: dict[str, float | None]) -> tuple[DeviceMemory, ...]:
+def devices_memory(setup: Setup, capacity: Mapping[str, float | None]) -> tuple[DeviceMemory, ...]:
     """Give what every device of one machine holds, devices that hold the same together.
 
     Args:
         setup: the run.
-        capacity: bytes of a device, by "cpu" and "cuda".
+        capacity: bytes of a device, by its kind, such as "cpu" and "cuda".
     """
     placement, trainer = setup.placement, setup.placement.trainer
     placed: dict[str, list[Use]] = {}
@@ -216,7 +215,8 @@ def _output_layer(setup: Setup, size: int, prompt: float) -> tuple[float, float]
     if shape.packed:
         logits = (FLOAT32 + 2 * size) * min(CHUNK_LOGITS, tokens * shape.vocabulary)
     else:
-        logits = _ALL_LOGITS * tokens * shape.vocabulary
+        # All at once; as measured.
+        logits = (6 * FLOAT32 + 2 * size) * tokens * shape.vocabulary
     learns = what_learns(shape, setup.optimizer).output
     # Where the embedding is the same tensor, its own gradient comes on top.
     return logits, FLOAT32 * shape.output * (2 if shape.tied else 1) if learns else 0.0
@@ -242,13 +242,17 @@ def engine_memory(role: str, model: ModelConfig, shape: ModelShape, setup: Setup
     own = shape.cache_bytes(prompts, rows / group, size)
     scored = min(max(_SCORED_TOKENS, response), rows * response) * shape.vocabulary * (size + 2 * FLOAT32)
     sampled = rows * shape.vocabulary * 4 * 8 if role == "student" else 0.0
+    # In main memory new weights are read once more, and once again to compare.
+    exchanged = (
+        2.0 * size * shape.num_parameters if role == "student" and setup.placement.student_device == CPU else 0.0
+    )
     reading = own + max(prompts * per_token, block)
     # The prompts' own cache, and a copy of it for each response.
     answering = own + shape.cache_bytes(longest, rows, size) + max(rows * response * per_token, scored, sampled)
     return Use(
         f"{role}'s engine",
         held=(("weights", size * shape.num_parameters),),
-        working=(("cache and forward", max(reading, answering)),),
+        working=(("cache and forward", max(reading, answering, exchanged)),),
     )
 
 

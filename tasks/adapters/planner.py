@@ -1,7 +1,7 @@
 """The plan of a run: tokens, operations, memory, store traffic and time of a round, and whether it fits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tasks.adapters.plan_fit import problems, server_rooms
@@ -12,18 +12,18 @@ from vzero_core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a device can do; None is unknown.
+    """What a device can do, by its kind, such as "cpu" and "cuda"; what is not there is unknown.
 
     Attributes:
-        memory: bytes, by "cpu" and "cuda".
-        flops: operations a second, by the same.
-        bandwidth: bytes a second of its memory, by the same.
-        store: bytes a second to and from the store.
+        memory: bytes.
+        flops: operations a second.
+        bandwidth: bytes a second of its memory.
+        store: bytes a second to and from the store; None where it is unknown.
     """
 
-    memory: dict[str, float | None]
-    flops: dict[str, float | None]
-    bandwidth: dict[str, float | None]
+    memory: Mapping[str, float | None]
+    flops: Mapping[str, float | None]
+    bandwidth: Mapping[str, float | None]
     store: float | None
 
 

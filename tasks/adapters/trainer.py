@@ -136,7 +136,13 @@ class Trainer:
     # --- what is held -------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Let go of model and optimizer; a round after this one loads them again."""
+        """Let go of model and optimizer, and end the trackers; no job may follow."""
+        self._forget()
+        # Not `end_training`, which would part the processes too.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+
+    def _forget(self) -> None:
         self._held = self._state = None
 
     def _hold(self, job: TrainJob) -> TrainingState:
@@ -144,7 +150,7 @@ class Trainer:
         wanted = _held(job.policy.key, job.optimizer)
         if self._held == wanted and self._state is not None:
             return self._state
-        self.release()
+        self._forget()
         source = None
         if job.policy.stage == TrainJob.stage:
             source = self._find_state(job.policy)

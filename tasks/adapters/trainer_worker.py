@@ -68,12 +68,18 @@ class Worker:
                 time.sleep(_LAST_WORD)
                 raise
 
+    def end(self) -> None:
+        """Let go of the trainer."""
+        if self._trainer is not None:
+            self._trainer.release()
+
     def _broadcast(self, tensor: torch.Tensor) -> None:
         dist.broadcast(tensor, src=0, group=self._group)
 
     def _do(self, body: bytes) -> Update:
         request = TrainingRequest.model_validate_json(body)
         if self._trainer is None or request.settings != self._settings:
+            self.end()
             self._settings = request.settings
             self._trainer = self._open(request.settings)
         return self._trainer.train(request.job)
@@ -156,9 +162,14 @@ def main() -> int:
     worker = Worker()
     if not worker.state.is_main_process:
         worker.follow()
-    server = _Server(int(sys.argv[1]), worker, os.environ[KEY_VARIABLE])
-    while not server.failed:
-        server.handle_request()
+    # A tracker on another machine wants to be told that the run has ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        server = _Server(int(sys.argv[1]), worker, os.environ[KEY_VARIABLE])
+        while not server.failed:
+            server.handle_request()
+    finally:
+        worker.end()
     return 1
 
 

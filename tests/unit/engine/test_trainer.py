@@ -212,7 +212,7 @@ def test_a_rounds_figures_are_sent_to_tensorboard(world: TrainingWorld, tmp_path
         job = world.job(round=number, policy=policy)
         updates.append(trainer.train(job))
         policy = ArtifactRef(stage="train", key=job.key, digest="any")
-    accelerator.end_training()
+    trainer.release()
     events = EventAccumulator(str(tmp_path / "trackers" / "here"))
     events.Reload()
     for name in ("loss", "grad_norm", "divergence_k1", "entropy"):

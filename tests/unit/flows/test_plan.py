@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from flows.config import PROJECT, RunConfig, load_config
-from flows.plan import DataFigures, data_figures, main, plan_run
+from flows.plan import DataFigures, check_plan, data_figures, main, plan_run
 from tasks.adapters.dataset import FACTS, SAMPLES
 from tasks.adapters.model_shape import read_shape
 from tasks.adapters.planner import require_fit
 from tasks.adapters.row_facts import RowFacts
 from tasks.adapters.store import Outcome, Store
 from tasks.adapters.tables import write_rows
-from tasks.artifacts import ImageRef, Job, Sample
+from tasks.artifacts import ArtifactRef, ImageRef, Job, Sample
 from vzero_core.errors import ConfigError
 
 ONE_NODE = PROJECT / "deployments" / "configs" / "one-node.toml"
@@ -158,7 +159,9 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_what_is_unknown_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(PROJECT / "deployments" / "configs" / "laptop.toml")]) == 0
-    assert "prompt unknown, crop unknown" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "prompt unknown, crop unknown" in printed
+    assert "tokens and time are unknown, for the length of prompts is" in printed
 
 
 def test_the_command_fails_with_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +179,7 @@ class _Validation(Job):
     stage = "validate"
 
 
-def test_figures_of_the_data_are_those_of_good_rows(tmp_path: Path) -> None:
+def _validated(tmp_path: Path) -> tuple[Store, ArtifactRef]:
     store = Store(str(tmp_path / "store"), tmp_path / "work")
     images = {"a": 100, "b": 300}
 
@@ -194,5 +197,33 @@ def test_figures_of_the_data_are_those_of_good_rows(tmp_path: Path) -> None:
         write_rows(folder / FACTS, facts, RowFacts)
         return Outcome(summary={})
 
-    ref = store.produce(_Validation(), write)
-    assert data_figures(store, ref) == DataFigures(50.0, 60, 25.0, 200.0)
+    return store, store.produce(_Validation(), write)
+
+
+def test_figures_of_the_data_are_those_of_good_rows(tmp_path: Path) -> None:
+    assert data_figures(*_validated(tmp_path)) == DataFigures(50.0, 60, 25.0, 200.0)
+
+
+def test_a_run_shows_its_plan_and_stops_where_it_cannot_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    validated = _validated(tmp_path)
+    check_plan(RunConfig(), *validated)
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 15
+    assert "- cpu: needs " in printed
+    with pytest.raises(ConfigError, match=r"which has 0\.5"):
+        check_plan(RunConfig.model_validate({"placement": {"hardware": {"memory_gib": 0.5}}}), *validated)
+
+
+def test_a_run_goes_on_where_a_models_sizes_are_unknown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model("fuyu").save_pretrained(tmp_path)
+    check_plan(RunConfig.model_validate({"student": {"path": str(tmp_path)}}), *_validated(tmp_path))
+    assert "there is no plan of this run: " in caplog.text
+    assert capsys.readouterr().out == ""
+
+
+def test_a_crop_of_unknown_size_is_as_large_as_the_prompt() -> None:
+    plans = [plan_run(RunConfig(), prompt_tokens=40, crop_tokens=crop) for crop in (None, 40, 20)]
+    tokens = [[stage.work.num_computed for stage in plan.stages if stage.work is not None] for plan in plans]
+    assert tokens[0] == tokens[1] > tokens[2]

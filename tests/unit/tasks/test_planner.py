@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLMoeConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks.adapters.forward import logits_of, prefill, response_hidden
+from tasks.adapters.hardware import ask_hardware
 from tasks.adapters.model_shape import Part, read_shape
 from tasks.adapters.models import load_model
-from tasks.adapters.output_layer import score_tokens
+from tasks.adapters.output_layer import score_logits, score_tokens
 from tasks.adapters.packed import enable_packing, packed_hidden
 from tasks.adapters.plan_memory import GIB, engine_memory, num_batched, server_room, trainer_memory
 from tasks.adapters.planner import Hardware, make_plan, require_fit
@@ -148,6 +149,58 @@ def test_a_folder_without_a_usable_configuration_is_refused(tmp_path: Path) -> N
         read_shape(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("family", "error"),
+    [
+        ("fuyu", "AttributeError: .*num_key_value_heads"),
+        ("cohere_compass", "KeyError"),
+        ("granite4_vision", "TypeError"),
+        ("pp_formulanet", "NotImplementedError"),
+    ],
+)
+def test_a_family_of_an_unusual_build_is_refused_in_words(tmp_path: Path, family: str, error: str) -> None:
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"whose sizes can be read, but its config.json gives {error}"):
+        read_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "merge", "patch", "hidden", "packed"),
+    [
+        ("qwen2_vl", 4, 3 * 2 * 14 * 14, 1280, True),
+        # Half of each side's patches.
+        ("internvl", 4, 3 * 14 * 14, 1024, True),
+        # 64 x 64 patches for 256 tokens; attention in windows.
+        ("gemma3", 16, 3 * 14 * 14, 768, False),
+        ("llava", 1, 3 * 14 * 14, 1024, True),
+        ("idefics3", 4, 3 * 32 * 32, 1152, True),
+    ],
+)
+def test_other_families_say_their_sizes_otherwise(
+    tmp_path: Path, family: str, merge: int, patch: int, hidden: int, packed: bool
+) -> None:
+    config = AutoConfig.for_model(family)
+    if family == "gemma3":
+        config.vision_config.image_size, config.vision_config.patch_size = 896, 14
+    config.save_pretrained(tmp_path)
+    shape = read_shape(str(tmp_path))
+    assert (shape.vision.merge, shape.vision.patch, shape.vision.hidden) == (merge, patch, hidden)
+    assert shape.packed == packed
+
+
+def test_a_token_passes_some_of_the_experts(tmp_path: Path) -> None:
+    config = Qwen3VLMoeConfig()
+    text = config.text_config
+    text.num_hidden_layers, text.hidden_size, text.moe_intermediate_size = 2, 256, 64
+    text.num_experts, text.num_experts_per_tok = 8, 2
+    text.intermediate_size = 512
+    config.save_pretrained(tmp_path)
+    part = read_shape(str(tmp_path)).language
+    # Three matrices of 256 x 64 an expert, of which 6 of 8 are idle in each layer.
+    assert part.num_parameters - part.num_active == 2 * 6 * 3 * 256 * 64
+    assert part.mlp == 2 * (64 + 256)
+
+
 # The delta rule fills its last chunk of 64 tokens, of which a tiny prompt has 46 and a response 11: torch counts those
 # too, and the gradients of its many small products.
 @pytest.mark.parametrize(
@@ -225,6 +278,14 @@ def test_a_group_too_large_for_the_budget_is_cut(small: Path, budget: int, expec
     assert (batch.num_prompts, batch.num_responses, batch.num_parts) == expected
 
 
+def test_without_packed_rows_every_response_has_its_prompt(small: Path) -> None:
+    setup = _setup(small, num_prompts=4, placement=PlacementConfig(max_batch_tokens=3 * (P + T)))
+    setup = replace(setup, student_shape=replace(setup.student_shape, packed=False))
+    batch = training_batch(P, T, setup)
+    assert (batch.num_prompts, batch.num_responses, batch.num_parts) == (3, 1, G)
+    assert round_work(setup)[2].num_computed == 4 * 2 * G * (P + T)
+
+
 def test_adapters_are_counted_by_their_rank(small: Path) -> None:
     shape = read_shape(str(small))
     attention = what_learns(shape, OptimizerConfig(lora=LoRAConfig(rank=4, target=r".*self_attn\.[qv]_proj")))
@@ -298,6 +359,26 @@ def test_memory_of_a_training_step_is_what_torch_allocates(small: Path, dtype: s
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_logits_without_chunks_is_what_torch_allocates(small: Path, dtype: str) -> None:
+    hidden, weight = torch.randn(256, 16, requires_grad=True), torch.randn(VOCABULARY, 16, requires_grad=True)
+    responses, topk_ids = torch.randint(20, 4000, (256,)), torch.arange(10).repeat(256, 1)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = (hidden @ weight.T)[torch.ones(256, dtype=torch.bool)]
+            scores = score_logits(logits, responses, topk_ids)
+        (scores.logprobs.sum() + scores.rest.sum()).backward()  # type: ignore[no-untyped-call]
+
+    setup = _setup(small, num_responses=1, student=ModelConfig(path=str(small), dtype=dtype))  # type: ignore[arg-type]
+    setup = replace(setup, max_new_tokens=256, placement=PlacementConfig(max_batch_tokens=P + 256))
+    passing = [
+        dict(trainer_memory(replace(setup, student_shape=shape), on_gpu=False).working)["forward and backward"]
+        for shape in (replace(setup.student_shape, vocabulary=size, packed=False) for size in (VOCABULARY, 0))
+    ]
+    assert 1.0 <= (passing[0] - passing[1]) / _peak(step) < 1.3
+
+
 def test_memory_of_a_replay_is_what_torch_allocates(small: Path) -> None:
     model = Qwen3VLForConditionalGeneration(_small_config()).eval()
     prompt, responses = _inputs(), torch.randint(20, 4000, (G, T))
@@ -313,6 +394,26 @@ def test_memory_of_a_replay_is_what_torch_allocates(small: Path) -> None:
     assert dict(use.held) == {"weights": 4 * setup.teacher_shape.num_parameters}
 
 
+def test_new_weights_are_read_into_main_memory_beside_the_old(small: Path) -> None:
+    setup = _setup(small, prompt_tokens=1, crop_tokens=0, max_new_tokens=1, num_responses=1)
+    setup = replace(setup, placement=PlacementConfig(max_batch_tokens=1))
+    shape = setup.student_shape
+    working = {
+        (role, device): dict(
+            engine_memory(
+                role,
+                setup.student,
+                shape,
+                replace(setup, placement=PlacementConfig(student_device=device, max_batch_tokens=1)),
+            ).working
+        )["cache and forward"]
+        for role, device in (("student", "cpu"), ("student", "cuda:0"), ("teacher", "cpu"))
+    }
+    weights = 4 * shape.num_parameters
+    assert working["student", "cpu"] == 2 * weights
+    assert max(working["student", "cuda:0"], working["teacher", "cpu"]) < weights
+
+
 def test_sharing_divides_what_is_held(small: Path) -> None:
     setup = _setup(small)
     alone = trainer_memory(setup, on_gpu=True)
@@ -321,6 +422,11 @@ def test_sharing_divides_what_is_held(small: Path) -> None:
     assert dict(ddp.held) == dict(alone.held)
     assert dict(ddp.working)["gradients"] == 2 * dict(alone.working)["gradients"]
     assert dict(fsdp.held) == {name: size / 4 for name, size in alone.held}
+    # Whole are the embedding, two layers and a gradient, these three with a buffer each.
+    shape = setup.student_shape
+    whole = 4 * (shape.embedding + 6 * shape.language.num_parameters / LAYERS)
+    passing = [dict(use.working)["forward and backward"] for use in (alone, fsdp)]
+    assert passing[1] - passing[0] == pytest.approx(whole)
     adapters = trainer_memory(replace(setup, optimizer=OptimizerConfig(lora=LoRAConfig(rank=2))), on_gpu=True)
     number = what_learns(setup.student_shape, OptimizerConfig(lora=LoRAConfig(rank=2))).num_parameters
     assert dict(adapters.held) == {"weights": 4 * (setup.student_shape.num_parameters + number), "moments": 8 * number}
@@ -431,6 +537,38 @@ def test_what_shares_a_device_adds_up(small: Path) -> None:
     assert device.needed == sum(held) + max(working)
     apart = replace(setup, placement=setup.placement.model_copy(update={"teacher_device": "cuda:1"}))
     assert [found.devices for found in make_plan(apart, _hardware(1)).devices] == [("cpu",), ("cuda:1",)]
+
+
+def test_processes_on_the_cpu_share_its_memory(small: Path) -> None:
+    setup = replace(_setup(small), placement=_trainer(_setup(small), num_processes=3))
+    use = trainer_memory(setup, on_gpu=False)
+    alone, three = (sum(size for _, size in part) for part in (use.held, use.working))
+    (device,) = make_plan(setup, _hardware(1)).devices
+    others = [other for other in device.uses if other.what != "trainer"]
+    assert len(device.uses) == 3 + len(others)
+    # They compute at the same time, the engines before and after them.
+    assert device.needed == 3 * (alone + three) + sum(size for other in others for _, size in other.held)
+    found = make_plan(setup, replace(_hardware(1), memory={"cpu": device.needed - 1}))
+    assert found.problems[0].startswith("the trainer, the student's engine and the teacher's engine need ")
+    assert "placement.trainer.num_processes = 1" in found.problems[0]
+
+
+def test_what_nobody_knows_of_a_device_is_unknown(small: Path) -> None:
+    setup = _setup(small, placement=PlacementConfig(student_device="mps"))
+    plan = make_plan(setup, _hardware(1))
+    assert {device.devices: device.capacity for device in plan.devices} == {("mps:0",): None, ("cpu",): 64 * GIB}
+    assert (plan.seconds, plan.problems) == (None, ())
+
+
+def test_what_is_configured_is_said_of_gpus_where_there_are_any() -> None:
+    hardware = HardwareConfig(memory_gib=2, tflops=1e6, bandwidth_gbs=1e6)
+    alone = ask_hardware(PlacementConfig(hardware=hardware))
+    assert (alone.memory["cpu"], alone.flops["cpu"], alone.bandwidth["cpu"]) == (2 * GIB, 1e18, 1e15)
+    both = ask_hardware(PlacementConfig(hardware=hardware, student_device="cuda:0"))
+    assert (both.memory["cuda"], both.flops["cuda"], both.bandwidth["cuda"]) == (2 * GIB, 1e18, 1e15)
+    measured = ask_hardware(PlacementConfig())
+    assert both.memory["cpu"] == measured.memory["cpu"] != 2 * GIB
+    assert all(0 < speed["cpu"] < 1e15 for speed in (both.flops, both.bandwidth) if speed["cpu"])
 
 
 def test_steps_of_a_server_are_as_large_as_its_flags_say() -> None:
