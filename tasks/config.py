@@ -476,6 +476,11 @@ class PlacementConfig(Settings):
         for (first, left), (second, right) in combinations(devices.items(), 2):
             if both := sorted(set(left) & set(right)):
                 raise ValueError(f"devices of {first} and {second} must be disjoint, both have {both}")
+        if self.trainer.total_processes > 1 and not self.trainer.devices and self.student_device != "cpu":
+            raise ValueError(
+                f"trainer.devices must list a GPU for each of several processes where student_device is one, got none "
+                f"with {self.student_device}; list them, or set student_device to cpu"
+            )
         for role, servers in (("student", self.student_servers), ("teacher", self.teacher_servers)):
             if servers.use(self.student_device):
                 raise ValueError(

@@ -208,7 +208,7 @@ class ServerProcess:
         if run is not self._run:
             raise self._stopped()
         error = self._lost(run)
-        raise _PortTakenError(*error.args) if _PORT_TAKEN in str(error).lower() else error
+        raise _PortTakenError(*error.args) if _PORT_TAKEN in _tail_of(self.log, run.log_start).lower() else error
 
     def _lost(self, run: "_Run") -> ServerError:
         how = _how_it_ended(run.exit_code)
@@ -249,10 +249,13 @@ def _is_healthy(run: _Run) -> bool:
 
 
 def _end_of(log: Path, start: int) -> str:
+    return "\n".join(_tail_of(log, start).splitlines()[-_LOG_LINES:])
+
+
+def _tail_of(log: Path, start: int) -> str:
     with log.open("rb") as file:
         file.seek(max(start, file.seek(0, os.SEEK_END) - _LOG_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
-    return "\n".join(lines[-_LOG_LINES:])
+        return file.read().decode(errors="replace")
 
 
 def sweep(work_dir: Path) -> int:

@@ -180,7 +180,9 @@ class Trainer:
         checkpoint = self._store.find(CheckpointJob.stage, CheckpointJob(train_key=policy.key).key)
         if checkpoint is None or checkpoint.pruned:
             return None
-        return fetch_state(self._store, checkpoint.ref, self._work_dir)
+        # One process of a machine fetches, the others find it there.
+        with self._accelerator.local_main_process_first():
+            return fetch_state(self._store, checkpoint.ref, self._work_dir)
 
     def _repeat(self, policy: ArtifactRef) -> None:
         job = TrainJob.model_validate(self._store.manifest(policy).job)

@@ -71,6 +71,7 @@ class TrainerProcesses:
         self._track = track
         self._key = secrets.token_hex(16)
         self._last: tuple[str, Update] | None = None
+        self._released = False
         self._server = ServerProcess(
             "trainer",
             lambda port: launch_command(settings.placement, port),
@@ -92,6 +93,8 @@ class TrainerProcesses:
         try:
             update = self._ask(job)
         except _LostError as error:
+            if self._released:
+                raise
             log.warning("%s; it is started once more", error)
             update = self._ask(job)
         self._last = (job.key, update)
@@ -99,6 +102,7 @@ class TrainerProcesses:
 
     def release(self) -> None:
         """Stop all processes."""
+        self._released = True
         self._server.stop()
 
     def _environment(self) -> dict[str, str]:
@@ -107,6 +111,8 @@ class TrainerProcesses:
         if "s3" in fsspec.config.conf:
             # fsspec reads it from there when it is imported.
             environment["FSSPEC_S3"] = json.dumps(fsspec.config.conf["s3"])
+        if settings.placement.num_machines == 1:
+            environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         if settings.placement.devices:
             return environment | {"CUDA_VISIBLE_DEVICES": ",".join(settings.placement.devices)}
         return environment | {"ACCELERATE_USE_CPU": "true"}
@@ -165,5 +171,6 @@ def launch_command(placement: TrainerConfig, port: int) -> list[str]:
     command += ["--num_machines", str(placement.num_machines), "--machine_rank", "0"]
     command += ["--num_processes", str(placement.total_processes)]
     command += ["--main_process_ip", host, "--main_process_port", meeting]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    # Named, so that no file of the user's about accelerate sets them: which GPUs there are says the environment.
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--gpu_ids", "all"]
     return [*command, "-m", "tasks.adapters.trainer_worker", str(port)]

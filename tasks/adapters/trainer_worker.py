@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import str_to_bool
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from tasks.adapters.accelerator import make_accelerator
 from tasks.adapters.dataset import Dataset
@@ -31,8 +33,12 @@ from vzero_core.errors import VZeroError
 
 _IDLE_TIMEOUT = timedelta(days=30)
 """How long the other processes wait for a job: sampling and replay lie between two."""
+_STEP_TIMEOUT = timedelta(hours=3)
+"""How long processes wait for one another in a job: the main one writes a state alone."""
 _LAST_WORD = 5.0
 """Seconds in which the main process can tell an error that all processes have; the launcher ends all with the first."""
+_FAILURE = "failure"
+"""Key in the processes' common store of the error of one that is not the main one."""
 _SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -43,7 +49,7 @@ class Worker:
     def __init__(self) -> None:
         """Join the other processes."""
         self._cpu = str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")) == 1
-        self.state = PartialState(cpu=self._cpu)
+        self.state = PartialState(cpu=self._cpu, timeout=_STEP_TIMEOUT)
         # Of its own: waiting for days neither keeps a GPU busy nor runs into the time-out of gradients.
         self._group = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
         self._settings: TrainerSettings | None = None
@@ -64,7 +70,8 @@ class Worker:
             self._broadcast(body)
             try:
                 self._do(body.numpy().tobytes())
-            except Exception:
+            except Exception as error:
+                _get_default_store().set(_FAILURE, json.dumps(_told(error)))
                 time.sleep(_LAST_WORD)
                 raise
 
@@ -117,6 +124,8 @@ class _Server(HTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
+    # Seconds: who connects and says nothing must not keep a job waiting.
+    timeout = 10
 
     def do_GET(self) -> None:
         self._reply(200 if self.path == "/health" else 404, {})
@@ -131,9 +140,13 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             update = self.server.worker.train(body)
         except Exception as error:
+            told = _told(error)
             if not isinstance(error, VZeroError):
                 traceback.print_exc()
-            return self._reply(500, {"kind": type(error).__name__, "error": str(error)})
+                # Most often a lost connection, to a process that had said why before it went.
+                if (store := _get_default_store()).check([_FAILURE]):
+                    told = json.loads(store.get(_FAILURE))
+            return self._reply(500, told)
         self.server.failed = False
         self._reply(200, asdict(update) | {"folder": str(update.folder)})
 
@@ -148,6 +161,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def _told(error: Exception) -> dict[str, object]:
+    return {"kind": type(error).__name__, "error": str(error)}
+
+
 def _die_with_the_launcher() -> None:
     """Let the kernel end this process with its parent: the launcher gives it a session that nobody else watches."""
     parent = os.getppid()
@@ -156,6 +173,7 @@ def _die_with_the_launcher() -> None:
         sys.exit("the launcher has ended")
 
 
+@record
 def main() -> int:
     """Work until ended; 1 after an error."""
     _die_with_the_launcher()

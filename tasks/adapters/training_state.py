@@ -101,7 +101,9 @@ class TrainingState:
         self.policy = _wrapped(policy, device, placement)
         self._try_packing(policy, ends)
         self.packed = policy.packed
-        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed)
+        # Each weight is used once in a pass: to remember its bfloat16 copy would only take room.
+        kind = torch.device(device).type
+        self.autocast = torch.autocast(kind, torch.bfloat16, enabled=mixed, cache_enabled=False)
         self.optimizer = torch.optim.AdamW(self._model.parameters())
         self.num_updates = 0
         if source is not None:

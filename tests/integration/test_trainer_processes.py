@@ -22,7 +22,7 @@ from support.training import OPTIMIZER, TOP_K_LOSS, TrainingWorld
 from tasks.adapters.process_guard import find_process, session_members
 from tasks.adapters.trainer import Update
 from tasks.adapters.trainer_process import TrainerProcesses, launch_command
-from tasks.adapters.training_data import CheckpointJob, TrainJob
+from tasks.adapters.training_data import CheckpointJob, TrainJob, mini_batches, read_training_rows, share_of
 from tasks.artifacts import ArtifactRef
 from tasks.config import LoRAConfig, OptimizerConfig, TrainerConfig
 from tasks.train import _write_state
@@ -213,6 +213,20 @@ def test_an_error_of_the_job_is_told_as_in_one_process(
     assert_equal(train(job), alone(world)(job), 1e-9)
 
 
+def test_an_error_of_one_process_is_told_too(
+    students: dict[str, Path], tmp_path: Path, trainer_on: Callable[[TrainingWorld, TrainerConfig], Train]
+) -> None:
+    """An image that the other process alone needs is gone."""
+    world = TrainingWorld(students["qwen3_vl"], tmp_path)
+    job = world.job(optimizer=OPTIMIZER.model_copy(update={"mini_batches": 1}))
+    rows = read_training_rows(job, world.store, world.dataset, world.processor)
+    (mini_batch,) = mini_batches(rows, job, 0)
+    missing = rows[share_of(rows, mini_batch, 1, 2)[0]].sample_id
+    (tmp_path / "images" / f"{missing}.png").unlink()
+    with pytest.raises(InputError, match=f"image {missing}.png must exist"):
+        trainer_on(world, DDP)(job)
+
+
 def test_a_lost_process_costs_a_new_start_alone(
     launched: Callable[[int], TrainerProcesses],
     students: dict[str, Path],
@@ -235,38 +249,25 @@ def test_a_lost_process_costs_a_new_start_alone(
     assert find_process(launcher.pid) is None
 
 
-def test_jobs_need_the_key_and_nothing_is_left_behind(
-    launched: Callable[[int], TrainerProcesses], tmp_path: Path
-) -> None:
+def test_jobs_need_the_key_and_the_launchers_death_ends_all(launched: Callable[[int], TrainerProcesses]) -> None:
+    """The launcher gives each process a session of its own, in which nobody would look for it afterwards."""
     processes = launched(2)
-    processes._server.start(lambda _: None)
+    if not processes._server.is_running():
+        processes._server.start(lambda _: None)
     address = urlsplit(processes._server.url)
-    for headers in ({}, {"Authorization": "Bearer guessed"}):
-        connection = http.client.HTTPConnection(str(address.hostname), address.port)
-        connection.request("POST", "/train", b"{}", headers)
-        assert connection.getresponse().status == 401
-        connection.close()
-    run = processes._server._run
-    assert run is not None
-    members = session_members(run.guard.pid)
-    assert len(members) >= 3
-    processes.release()
-    deadline = time.monotonic() + 10
-    while (left := [one for one in members if find_process(one.pid) == one]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
-
-
-def test_the_launchers_death_ends_its_processes(launched: Callable[[int], TrainerProcesses]) -> None:
-    """The launcher gives each a session of its own, in which nobody would look for them afterwards."""
-    processes = launched(2)
-    processes._server.start(lambda _: None)
+    # Who connects and says nothing keeps nobody waiting for long.
+    with socket.create_connection((str(address.hostname), int(address.port or 0))):
+        for headers in ({}, {"Authorization": "Bearer guessed"}):
+            connection = http.client.HTTPConnection(str(address.hostname), address.port)
+            connection.request("POST", "/train", b"{}", headers)
+            assert connection.getresponse().status == 401
+            connection.close()
     run = processes._server._run
     assert run is not None
     launcher, *workers = sorted(session_members(run.guard.pid), key=lambda process: process.started)
+    assert len(workers) >= 2
     os.kill(launcher.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while (left := [one for one in workers if find_process(one.pid) == one]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
-    processes.release()

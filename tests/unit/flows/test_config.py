@@ -203,3 +203,33 @@ def test_the_command_prints_parameters_of_a_flow_run(tmp_path: Path, capsys: pyt
     assert main([str(toml(tmp_path, "sed = 3"))]) == 1
     assert "did you mean seed?" in capsys.readouterr().err
     assert main([]) == 2
+
+
+TRAINER = "[placement.trainer]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TRAINER + 'num_processes = 2\ndevices = ["0"]', r"devices must be num_processes = 2 of them, got 1"),
+        (TRAINER + 'num_processes = 2\ndevices = ["0", "0"]', r"devices must differ"),
+        (TRAINER + 'devices = ["0"]', r"devices must be left out where one process trains; set student_device"),
+        (TRAINER + "num_machines = 2", r"address must be given where there are several machines.* got None"),
+        (TRAINER + 'address = "10.0.0.1:1"', r"address must be given where there are several machines, and only there"),
+        (TRAINER + 'num_machines = 2\naddress = "http://10.0.0.1:1"', r"address must be HOST:PORT"),
+        (TRAINER + 'sharding = "fsdp2"', r"sharding must be ddp where one process trains"),
+        (
+            TRAINER + 'num_processes = 2\ndevices = ["0", "1"]\n[placement.teacher_servers]\ndevices = ["1"]',
+            r"devices of teacher_servers and trainer must be disjoint, both have \['1'\]",
+        ),
+        (
+            "[placement]\nstudent_device = 'cuda'\n" + TRAINER + "num_processes = 2",
+            r"trainer\.devices must list a GPU for each of several processes",
+        ),
+        ("[tracking]\ntrackers = ['excel']", r"tracking\.trackers"),
+        ("[optimizer.lora]\nrank = 0", r"optimizer\.lora\.rank"),
+    ],
+)
+def test_processes_and_devices_must_fit(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(toml(tmp_path, text))
