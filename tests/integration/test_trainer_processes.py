@@ -157,6 +157,25 @@ def test_checkpoints_are_those_of_one_process(
     assert_equal(found[-1], expected[-1], 1e-9)
 
 
+def test_bfloat16_keeps_weights_and_moments_in_float32(
+    students: dict[str, Path], tmp_path: Path, trainer_on: Callable[[TrainingWorld, TrainerConfig], Train]
+) -> None:
+    world = TrainingWorld(students["qwen3_vl"], tmp_path)
+    job = world.job(dtype="bfloat16", loss=TOP_K_LOSS, weights="token")
+    found, expected, exact = (
+        train(one)
+        for train, one in (
+            (trainer_on(world, FSDP2), job),
+            (alone(world), job),
+            (alone(world, "exact"), world.job(dtype="float32", loss=TOP_K_LOSS, weights="token")),
+        )
+    )
+    tensors = [*state(found).values(), *state(found, "model/model.safetensors").values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert found.summary["loss"] == pytest.approx(expected.summary["loss"], rel=1e-3)
+    assert found.summary["loss"] != pytest.approx(exact.summary["loss"], rel=1e-5)
+
+
 def test_a_state_goes_on_with_another_number_of_processes(
     students: dict[str, Path], tmp_path: Path, trainer_on: Callable[[TrainingWorld, TrainerConfig], Train]
 ) -> None:
