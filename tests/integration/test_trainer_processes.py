@@ -69,7 +69,9 @@ def trainer_on(launched: Callable[[int], TrainerProcesses]) -> Callable[[Trainin
             work_dir = world.root / placement.sharding
             processes._settings = world.settings(work_dir, placement=placement, max_batch_tokens=SMALL_BATCH)
             processes._last = None
-            return processes.train(job)
+            update = processes.train(job)
+            assert update.folder == work_dir / f"policy-{job.key}", "the job is the same one there"
+            return update
 
         return train
 
