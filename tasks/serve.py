@@ -11,14 +11,13 @@ from typing import Self
 
 import torch
 
-from tasks.adapters.accelerator import make_accelerator
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.models import model_folder
 from tasks.adapters.prompts import PromptProcessor
 from tasks.adapters.server_process import ServerError, sweep
 from tasks.adapters.store import Store
 from tasks.adapters.trainer import Trainer, fetch_state
-from tasks.adapters.trainer_process import TrainerProcesses, TrainerSettings
+from tasks.adapters.trainer_process import TrainerProcesses, TrainerSettings, open_trainer
 from tasks.adapters.training_data import CheckpointJob, TrainJob
 from tasks.adapters.transformers_engine import TransformersEngine
 from tasks.adapters.vllm_engine import VLLMEngine
@@ -103,7 +102,11 @@ class Engines:
     def trainer(self) -> Trainer | TrainerProcesses:
         """The trainer, in this process or in several of its own."""
         if self._trainer is None:
-            self._trainer = self._make_trainer()
+            if self._training.placement.total_processes > 1:
+                self._trainer = TrainerProcesses(self._training, track=self._track)
+            else:
+                device = self._placement.student_device
+                self._trainer = open_trainer(self._training, self._store, self._dataset, device=device)
         return self._trainer
 
     def student(self, policy: ArtifactRef) -> PolicyEngine:
@@ -125,27 +128,6 @@ class Engines:
             teacher = self._teacher
         teacher.load_weights(folder, model.digest)
         return teacher
-
-    def _make_trainer(self) -> Trainer | TrainerProcesses:
-        settings, device = self._training, self._placement.student_device
-        if settings.placement.total_processes > 1:
-            return TrainerProcesses(settings, track=self._track)
-        accelerator = make_accelerator(
-            cpu=device == "cpu",
-            trackers=settings.trackers,
-            run_name=settings.run_name,
-            folder=settings.work_dir / "trackers",
-        )
-        return Trainer(
-            self._store,
-            self._dataset,
-            accelerator,
-            student=settings.student,
-            work_dir=settings.work_dir,
-            device=device,
-            max_batch_tokens=settings.max_batch_tokens,
-            placement=settings.placement,
-        )
 
     def _engine(self, role: Role, folder: Path, digest: str) -> TransformersEngine | VLLMEngine:
         if self._closed:

@@ -13,9 +13,11 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from tasks.adapters.accelerator import make_accelerator
+from tasks.adapters.dataset import Dataset
 from tasks.adapters.server_process import ServerError, ServerProcess
-from tasks.adapters.store import StoreError
-from tasks.adapters.trainer import Update
+from tasks.adapters.store import Store, StoreError
+from tasks.adapters.trainer import Trainer, Update
 from tasks.adapters.training_data import TrainJob
 from tasks.config import Settings, TrainerConfig
 from tasks.ports import Advance
@@ -46,6 +48,33 @@ class TrainerSettings(Settings):
     placement: TrainerConfig
     trackers: tuple[str, ...]
     run_name: str
+
+
+def open_trainer(settings: TrainerSettings, store: Store, dataset: Dataset, *, device: str) -> Trainer:
+    """Give this process's trainer, which trains alone or as one of several.
+
+    Args:
+        settings: what it needs.
+        store: where rollouts, replays, weights and training states are read from.
+        dataset: samples and images.
+        device: torch device; "" for the one that accelerate gives this process.
+    """
+    accelerator = make_accelerator(
+        cpu=device == "cpu",
+        trackers=settings.trackers,
+        run_name=settings.run_name,
+        folder=settings.work_dir / "trackers",
+    )
+    return Trainer(
+        store,
+        dataset,
+        accelerator,
+        student=settings.student,
+        work_dir=settings.work_dir,
+        device=device or str(accelerator.device),
+        max_batch_tokens=settings.max_batch_tokens,
+        placement=settings.placement,
+    )
 
 
 class TrainingRequest(Settings):

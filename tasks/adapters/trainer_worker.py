@@ -23,12 +23,11 @@ from accelerate.utils import str_to_bool
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from tasks.adapters.accelerator import make_accelerator
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.images import ImageReader
 from tasks.adapters.store import Store
 from tasks.adapters.trainer import Trainer, Update
-from tasks.adapters.trainer_process import KEY_VARIABLE, TrainerSettings, TrainingRequest
+from tasks.adapters.trainer_process import KEY_VARIABLE, TrainerSettings, TrainingRequest, open_trainer
 from vzero_core.errors import VZeroError
 
 _IDLE_TIMEOUT = timedelta(days=30)
@@ -93,23 +92,9 @@ class Worker:
 
     def _open(self, settings: TrainerSettings) -> Trainer:
         torch.set_num_threads(settings.threads)
-        accelerator = make_accelerator(
-            cpu=self._cpu,
-            trackers=settings.trackers,
-            run_name=settings.run_name,
-            folder=settings.work_dir / "trackers",
-        )
         store = Store(settings.store, settings.work_dir, settings.cache_bytes)
-        return Trainer(
-            store,
-            Dataset(store, ImageReader(settings.images, settings.max_image_pixels)),
-            accelerator,
-            student=settings.student,
-            work_dir=settings.work_dir,
-            device="cpu" if self._cpu else str(accelerator.device),
-            max_batch_tokens=settings.max_batch_tokens,
-            placement=settings.placement,
-        )
+        dataset = Dataset(store, ImageReader(settings.images, settings.max_image_pixels))
+        return open_trainer(settings, store, dataset, device="cpu" if self._cpu else "")
 
 
 class _Server(HTTPServer):
