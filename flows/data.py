@@ -6,9 +6,8 @@ from tasks.adapters.importers import source_digest
 from tasks.adapters.row_facts import Compared
 from tasks.artifacts import ArtifactRef
 from tasks.build_views import ViewShardJob, ViewsJob, build_view_shard, build_views, num_view_shards
-from tasks.config import FileData, GivenRegions
+from tasks.config import BenchmarkConfig, GivenRegions
 from tasks.data_docs import BAD_ROWS, DataDocsJob, data_docs
-from tasks.evaluation_data import EvaluationDataJob, evaluation_data
 from tasks.fingerprints import FingerprintsJob, fingerprints
 from tasks.import_data import ImportDataJob, import_data
 from tasks.propose_regions import (
@@ -20,27 +19,6 @@ from tasks.propose_regions import (
 )
 from tasks.stage import RunContext
 from tasks.validate import ValidateJob, require_usable, validate
-
-
-def evaluation_questions(config: RunConfig, run: RunContext, models: ArtifactRef) -> ArtifactRef | None:
-    """Validate the questions that accuracy is measured on; None where there are none."""
-    if run.data.evaluation_path is None:
-        return None
-    source = source_digest(FileData(kind="jsonl", path=run.data.evaluation_path), run.evaluation.images)
-    job = EvaluationDataJob(
-        source=source,
-        models=models,
-        max_image_pixels=config.data.max_image_pixels,
-        prompt=config.prompt,
-        max_new_tokens=config.evaluate.max_new_tokens,
-    )
-    return evaluation_data(job, run)
-
-
-def all_have_regions(run: RunContext, questions: ArtifactRef) -> bool:
-    """Tell whether every question can be shown with its crop."""
-    summary = run.store.manifest(questions).summary
-    return bool(summary["num_regions"] == summary["num_samples"])
 
 
 def validated_samples(config: RunConfig, run: RunContext, models: ArtifactRef) -> tuple[ArtifactRef, ArtifactRef]:
@@ -57,7 +35,7 @@ def validated_samples(config: RunConfig, run: RunContext, models: ArtifactRef) -
     # Headers have no hashes that could be compared.
     compared = [
         Compared(
-            name=source.path.rsplit("/", 1)[-1],
+            name=source.name if isinstance(source, BenchmarkConfig) else source.path.rsplit("/", 1)[-1],
             fingerprints=fingerprints(FingerprintsJob(source=digest, max_image_pixels=settings.max_image_pixels), run),
         )
         for digest, source in (run.compared if settings.images == "decode" else {}).items()

@@ -5,31 +5,32 @@ import signal
 import sys
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.config import PROJECT, RunConfig, load_config
-from flows.data import all_have_regions, both_views, evaluation_questions, validated_samples, with_regions
+from flows.data import both_views, validated_samples, with_regions
+from flows.evaluation import all_have_regions, evaluation_questions, measure_everywhere, measure_on
 from flows.garbage import NUM_KEPT_STATES
 from flows.plan import check_plan
-from flows.round import train_round
-from flows.run import fingerprint, open_run
+from flows.round import require_round, train_round
+from flows.run import open_run
+from flows.selection import Candidates, store_state
 from flows.server import prefect_server
-from flows.summary import RunResult, print_result, scores_of, stage_times
+from flows.summary import RunResult, changes_of, print_result, scores_of, show_report, stage_times
 from flows.terminal import show_on_terminal
 from tasks.adapters.models import model_digest, model_folder
 from tasks.adapters.training_data import CheckpointJob
 from tasks.artifacts import ArtifactRef, Role
 from tasks.check_models import CheckModelsJob, ModelJob, check_models, model
 from tasks.commit_outputs import CommitOutputsJob, commit_outputs
+from tasks.config import HELD_OUT
 from tasks.data_docs import DATA_DOCS
-from tasks.evaluate import EvaluateJob, evaluate
-from tasks.report import Evaluation, ReportJob, RoundRefs, report
+from tasks.report import ReportJob, RoundRefs, report
 from tasks.stage import RunContext
-from tasks.train import checkpoint
-from vzero_core.config import ViewConfig
 from vzero_core.errors import VZeroError
 
 LAPTOP = RunConfig()
@@ -56,56 +57,72 @@ def vzero(config: RunConfig = LAPTOP) -> RunResult:
         check_plan(config, run.store, samples)
         proposed = with_regions(config, run, samples, teacher)
         views = both_views(config, run, proposed or samples)
+        require_round(config, run, views)
 
-        evaluations = _evaluate(config, run, questions, "student", student, "student, before")
-        evaluations += _evaluate(config, run, questions, "teacher", teacher, "teacher, full image")
-        if questions is not None and all_have_regions(run, questions):
-            evaluations += _evaluate(config, run, questions, "teacher", teacher, "teacher, with crop", config.views)
+        before = measure_everywhere(config, run, questions, student, "student, before")
+        ask_teacher = partial(measure_on, config, run, questions, HELD_OUT, "teacher", teacher)
+        evaluations = before + ask_teacher("teacher, full image")
+        if all_have_regions(run, questions):
+            evaluations += ask_teacher("teacher, with crop", config.views)
 
         policy, rounds = student, list[RoundRefs]()
+        candidates = Candidates(config, run, teacher, views)
+        candidates.consider(0, student)
         with run.progress("rounds", config.rounds.num_rounds) as advance:
             for number in range(1, config.rounds.num_rounds + 1):
                 done = train_round(config, run, number, policy, teacher, views)
                 policy = done.train
                 rounds.append(done)
-                _prune(run, rounds)
+                candidates.consider(number, policy)
+                _prune(run, rounds, candidates)
                 if number % config.evaluate.every == 0 and number < config.rounds.num_rounds:
-                    evaluations += _evaluate(config, run, questions, "student", policy, f"student, round {number}")
+                    label = f"student, round {number}"
+                    evaluations += measure_on(config, run, questions, HELD_OUT, "student", policy, label)
                 advance(1)
+        selection = candidates.decide()
         num_rounds = config.rounds.num_rounds
-        last = f"student, after {num_rounds} round{'s' if num_rounds > 1 else ''}"
-        evaluations += _evaluate(config, run, questions, "student", policy, last)
+        chosen = num_rounds if selection is None else run.store.manifest(selection).summary["round"]
+        label = f"student, after {num_rounds} round{'s' if num_rounds > 1 else ''}"
+        if chosen < num_rounds:
+            evaluations += measure_on(config, run, questions, HELD_OUT, "student", policy, label)
+            label = f"student, round {chosen}, chosen"
+        policy = rounds[chosen - 1].train
+        final = measure_everywhere(config, run, questions, policy, label)
+        # Measured already, under another label, where it was its turn.
+        evaluations = [found for found in evaluations if found.ref not in [last.ref for last in final]] + final
 
-        selected = checkpoint(CheckpointJob(train_key=policy.key), run)
+        selected = store_state(run, policy)
         run.store.keep(selected)
         page = report(
             ReportJob(
                 name=config.name,
                 config=config.model_dump(mode="json", exclude={"store", "placement", "outputs", "tracking"}),
                 samples=samples,
+                docs=docs,
                 regions=proposed,
                 views=views,
                 rounds=tuple(rounds),
                 evaluations=tuple(evaluations),
+                criteria=tuple(candidates.criteria),
+                selection=selection,
                 selected=selected,
             ),
             run,
         )
         commit = _commit_outputs(config, run, proposed or samples, selected, page)
-        data = [ref for ref in (questions, samples, docs, proposed, views) if ref is not None]
-        behind = [ref for made in data for ref in run.store.manifest(made).inputs.values()]
-        refs = list(dict.fromkeys([student, teacher, checked, *behind, *data]))
-        refs += [ref for done in rounds for ref in done.refs()]
-        refs += [*(evaluation.ref for evaluation in evaluations), page]
-        return RunResult(
+        result = RunResult(
             scores=scores_of(run.store, evaluations),
-            stages=stage_times(run.store, refs, started),
+            changes=changes_of(run.store, before, final),
+            stages=stage_times(run.store, page, started),
+            chosen_round=chosen,
             policy=policy,
             checkpoint=run.store.path_of(selected, "model"),
             report=run.store.path_of(page, "report.html"),
             data_docs=run.store.path_of(docs, DATA_DOCS),
             commit=commit,
         )
+        show_report(result)
+        return result
 
 
 def _name_model(config: RunConfig, run: RunContext, role: Role) -> ArtifactRef:
@@ -124,38 +141,18 @@ def _commit_outputs(
     return done
 
 
-def _evaluate(
-    config: RunConfig,
-    run: RunContext,
-    questions: ArtifactRef | None,
-    role: Role,
-    policy: ArtifactRef,
-    label: str,
-    crop: ViewConfig | None = None,
-) -> list[Evaluation]:
-    if questions is None:
-        return []
-    job = EvaluateJob(
-        role=role,
-        policy=policy,
-        data=questions,
-        crop=crop,
-        prompt=config.prompt,
-        answer_pattern=config.evaluate.answer_pattern,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        engine=fingerprint(config.student if role == "student" else config.teacher),
-    )
-    return [Evaluation(label=label, ref=evaluate(job, run))]
-
-
-def _prune(run: RunContext, rounds: list[RoundRefs]) -> None:
+def _prune(run: RunContext, rounds: list[RoundRefs], candidates: Candidates) -> None:
+    """Let go of all training states but the last ones and the one that would be chosen now."""
     states = [
         found.ref
         for done in rounds[-(NUM_KEPT_STATES + 1) * run.checkpoint_every :]
         if (found := run.store.find(CheckpointJob.stage, CheckpointJob(train_key=done.train.key).key)) is not None
     ]
-    for ref in states[:-NUM_KEPT_STATES]:
-        run.store.prune(ref)
+    kept = [*states[-NUM_KEPT_STATES:], candidates.state]
+    for ref in [*states[:-NUM_KEPT_STATES], *candidates.superseded]:
+        if ref not in kept:
+            run.store.prune(ref)
+    candidates.superseded = [ref for ref in candidates.superseded if ref in kept]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,10 +13,20 @@ from tasks.config import VLLMEngine
 from tasks.gate import GateJob, gate
 from tasks.replay import ReplayJob, replay
 from tasks.report import RoundRefs
-from tasks.rollouts import RolloutsJob, rollouts
+from tasks.rollouts import RolloutsJob, require_prompts, rollouts, split_prompts
 from tasks.stage import RunContext
 from tasks.train import train
 from vzero_core.config import ForwardKLTopKLoss, required_views
+
+
+def require_round(config: RunConfig, run: RunContext, views: ArtifactRef) -> None:
+    """Make sure that a round has its prompts, before any model is loaded.
+
+    Raises:
+        InputError: there are too few samples.
+    """
+    training, _ = split_prompts(run.dataset.samples(views), config.selection.num_prompts, config.seed)
+    require_prompts(training, config.rounds.prompts_per_round)
 
 
 def train_round(
@@ -71,6 +81,7 @@ def _sample_and_replay(
                         prompts_per_round=config.rounds.prompts_per_round,
                         shard=shard,
                         num_shards=config.rounds.num_shards,
+                        num_held_out=config.selection.num_prompts,
                     ),
                     run,
                 )

@@ -1,6 +1,6 @@
 """What a run works with: store, data, engines, terminal; opened at its start and closed at its end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import version
@@ -11,17 +11,28 @@ from prefect.filesystems import RemoteFileSystem
 from flows.config import PROJECT, RunConfig, resolve_paths
 from flows.terminal import make_terminal
 from tasks.adapters.accelerator import require_trackers
+from tasks.adapters.benchmarks import benchmark_digest, benchmark_root
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.files import configure_s3
 from tasks.adapters.images import ImageReader
-from tasks.adapters.importers import folder_of, image_root, locate, source_digest
+from tasks.adapters.importers import image_root, locate, source_digest
+from tasks.adapters.judge import check_judge
 from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
 from tasks.adapters.trainer_process import TrainerSettings
-from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig, VLLMEngine
+from tasks.config import (
+    HELD_OUT,
+    BenchmarkConfig,
+    DataConfig,
+    EngineFingerprint,
+    FileData,
+    ModelConfig,
+    StoreConfig,
+    VLLMEngine,
+)
 from tasks.ports import DatasetRepo
 from tasks.serve import Engines
-from tasks.stage import RunContext, show_progress
+from tasks.stage import Benchmark, RunContext, show_progress
 from vzero_core.errors import ConfigError
 
 _GIB = 1 << 30
@@ -32,6 +43,8 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
     """Open what a run works with; whatever was started is stopped at the end, also after an error."""
     config = resolve_paths(config, PROJECT)
     require_trackers(config.tracking.trackers)
+    if any(benchmark.judge is not None for benchmark in config.benchmarks):
+        check_judge(config.placement.judge)
     work_dir = Path(config.placement.work_dir)
     store = open_store(config.store, work_dir)
     pin = _make_pin()
@@ -43,6 +56,10 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
     _ = store.identity
     max_pixels = config.data.max_image_pixels
     dataset = Dataset(store, ImageReader(image_root(data), max_pixels))
+    benchmarks = {
+        settings.name: Benchmark(settings, Dataset(store, ImageReader(benchmark_root(settings), max_pixels)))
+        for settings in _benchmarks(config, data, pin)
+    }
     terminal = make_terminal()
     engines = Engines(
         store,
@@ -70,9 +87,10 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
         yield RunContext(
             store=store,
             data=data,
-            compared=_compared(data, config.data, pin),
+            compared=_compared(benchmarks, config.data, pin),
             dataset=dataset,
-            evaluation=Dataset(store, ImageReader(folder_of(data.evaluation_path or ""), max_pixels)),
+            benchmarks=benchmarks,
+            judge=config.placement.judge,
             engines=engines,
             terminal=terminal,
             checkpoint_every=config.checkpoint.every,
@@ -99,12 +117,40 @@ def open_store(config: StoreConfig, work_dir: Path) -> Store:
     return Store(config.url, work_dir, cache_bytes=int(config.cache_gib * _GIB))
 
 
-def _compared(data: FileData, config: DataConfig, pin: Callable[[str], str]) -> dict[str, FileData]:
-    """Give the evaluation data that training is kept clear of: the run's own, and what is named."""
-    own = [data.evaluation_path] if data.evaluation_path is not None else []
-    sources = [FileData(kind="jsonl", path=path) for path in (*own, *map(pin, config.compare_with))]
+def _benchmarks(config: RunConfig, data: FileData, pin: Callable[[str], str]) -> list[BenchmarkConfig]:
+    """Give the data's own held-out questions, if there are any, and what else is measured on."""
+    own = []
+    if data.evaluation_path is not None:
+        evaluate = config.evaluate
+        own.append(
+            BenchmarkConfig(
+                name=HELD_OUT,
+                kind="jsonl",
+                path=data.evaluation_path,
+                protocol=evaluate.protocol,
+                generation=evaluate.generation,
+            )
+        )
+    others = [
+        settings.model_copy(
+            update={
+                "path": pin(settings.path),
+                "image_root": pin(settings.image_root) if settings.image_root is not None else None,
+            }
+        )
+        for settings in config.benchmarks
+    ]
+    return [*own, *others]
+
+
+def _compared(
+    benchmarks: Mapping[str, Benchmark], config: DataConfig, pin: Callable[[str], str]
+) -> dict[str, FileData | BenchmarkConfig]:
+    """Give the evaluation data that training is kept clear of: what the run measures on, and what is named."""
+    named = [FileData(kind="jsonl", path=pin(path)) for path in config.compare_with]
     return {
-        source_digest(source, ImageReader(image_root(source), config.max_image_pixels)): source for source in sources
+        **{benchmark_digest(found.config, found.data.images): found.config for found in benchmarks.values()},
+        **{source_digest(source, ImageReader(image_root(source), config.max_image_pixels)): source for source in named},
     }
 
 

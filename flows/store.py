@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -161,12 +161,14 @@ def _files(store: Store) -> list[StoredFile]:
 
 
 def _accuracy(report: Manifest, manifests: dict[_Name, Manifest]) -> str:
-    found = [
-        manifests[name].summary["accuracy"]
-        for evaluation in report.job["evaluations"]
-        if evaluation["label"].startswith("student")
-        and (name := (evaluation["ref"]["stage"], evaluation["ref"]["key"])) in manifests
+    """Give the student's accuracy before and after on the first benchmark of a run."""
+    student = [made for made in report.job["evaluations"] if made["label"].startswith("student")]
+    names = [
+        (made["ref"]["stage"], made["ref"]["key"])
+        for made in student
+        if made.get("benchmark") == student[0].get("benchmark")
     ]
+    found = [manifests[name].summary["accuracy"] for name in names if name in manifests]
     return f"{found[0]:.1%} -> {found[-1]:.1%}" if found else "not measured"
 
 
@@ -221,6 +223,26 @@ def _date(manifest: Manifest) -> str:
     return f"{manifest.created_at.astimezone():%Y-%m-%d %H:%M}"
 
 
+@contextmanager
+def store_named(config_path: Path | None, url: str | None) -> Iterator[tuple[Store, Path]]:
+    """Open the store that a command's options name; give it with the work folder.
+
+    Args:
+        config_path: TOML configuration; None for the laptop's.
+        url: folder or URL instead of the configuration's.
+    """
+    config = load_config(config_path) if config_path else resolve_paths(RunConfig(), PROJECT)
+    place = config.store.model_copy(update={"url": url} if url else {})
+    with ExitStack() as stack:
+        if place.prefect_block is not None:
+            stack.enter_context(prefect_server(PREFECT))
+        elif not get_current_settings().api.url:
+            # Where runs from the command line leave Prefect's records.
+            stack.enter_context(temporary_settings({PREFECT_HOME: PREFECT}))
+        work_dir = Path(config.placement.work_dir)
+        yield open_store(place, work_dir), work_dir
+
+
 def _parse(arguments: list[str] | None) -> Any:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", type=Path, help="TOML configuration of the runs; without it the laptop's")
@@ -250,15 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     show_on_terminal()
     console = Console()
     try:
-        config = load_config(options.config) if options.config else resolve_paths(RunConfig(), PROJECT)
-        place = config.store.model_copy(update={"url": options.store} if options.store else {})
-        with ExitStack() as stack:
-            if place.prefect_block is not None:
-                stack.enter_context(prefect_server(PREFECT))
-            elif not get_current_settings().api.url:
-                # Where runs from the command line leave Prefect's records.
-                stack.enter_context(temporary_settings({PREFECT_HOME: PREFECT}))
-            store = open_store(place, Path(config.placement.work_dir))
+        with store_named(options.config, options.store) as (store, _):
             if options.command == "ls":
                 show_artefacts(store, console)
             elif options.command == "show":

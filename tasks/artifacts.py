@@ -187,7 +187,12 @@ class EvaluationSample(Record):
     id: str
     image: ImageRef
     question: str
-    answer: str
+    answer: str = Field(description="The letter of the right option where there are options.")
+    options: tuple[str, ...] | None = Field(default=None, description="Texts of A, B, ...; none: an open question.")
+    category: str | None = None
+    subcategory: str | None = None
+    group: str | None = Field(default=None, description="Rows that ask the same question share it; none: the id.")
+    cycle: str | None = Field(default=None, description="Which rotation of the options.")
     region: Box | None = None
     detail_image: ImageRef | None = None
 
@@ -209,6 +214,7 @@ class Rollout(Record):
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = Field(description="Log-prob of each sampled token under the sampler, nats.")
     text: str
+    tokens: tuple[str, ...] = Field(default=(), description="Text of each token, special ones included; for people.")
     truncated: bool = Field(description="The response met max_new_tokens before its end.")
 
 
@@ -235,14 +241,24 @@ class Weight(Record):
 
 
 class Prediction(Record):
-    """One answer to an evaluation question."""
+    """What a model answered to an evaluation question; nothing is scored yet."""
 
     sample_id: str
+    seed: int
     response: str
-    extracted: str | None
+    num_tokens: int
+    truncated: bool
+
+
+class Score(Record):
+    """Whether an answer is right."""
+
+    sample_id: str
+    seed: int
+    extracted: str | None = Field(description="The answer that was found in the response; none: there was none.")
     answer: str
     correct: bool
-    truncated: bool
+    problem: str | None = Field(default=None, description="Why the judge gave no verdict; the answer counts as wrong.")
 
 
 Role = Literal["student", "teacher"]

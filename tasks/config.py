@@ -4,12 +4,27 @@ import re
 from itertools import combinations, pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vzero_core.config import Target
 
 EMBEDDED = "embedded:"
 """Prefix of a model path that names one of the small world's models."""
+
+HELD_OUT = "held-out"
+"""Name of the benchmark that the data's own evaluation questions are."""
+
+URL_SCHEMES = ("file", "s3", "lakefs", "http", "https", "memory")
+"""Of data and images; fsspec knows many more, some of which need packages of their own or run other programs."""
 
 _AS_IT_IS = "leave it out: the run needs it as it is"
 FLAGS_OF_THE_RUN = {
@@ -46,11 +61,22 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
+def _known_scheme(path: str) -> str:
+    scheme, is_url, _ = path.partition("://")
+    if is_url and scheme not in URL_SCHEMES:
+        raise ValueError(f"must be a path or one of {', '.join(URL_SCHEMES)} URLs, got {scheme}://; correct it")
+    return path
+
+
+Location = Annotated[str, AfterValidator(_known_scheme)]
+"""A path or a URL."""
+
+
 class SmallWorldData(Settings):
     """The embedded small world: scenes drawn from a seed, no download."""
 
     kind: Literal["small_world"] = "small_world"
-    num_prompts: int = Field(default=1920, ge=1, description="Training prompts.")
+    num_prompts: int = Field(default=1984, ge=1, description="Training prompts, those set aside included.")
     num_evaluation: int = Field(default=1000, ge=1, description="Held-out questions, always the same ones.")
     seed: int = Field(default=0, ge=0, description="Which training scenes are drawn.")
 
@@ -61,8 +87,8 @@ class FileData(Settings):
     kind: Literal[
         "jsonl", "parquet", "zwz_rl_vqa", "visual_cot", "viscot_363k", "treevgr_rl_37k", "vstar_seal", "vzero_release"
     ] = Field(description="Format of the rows (docs/DATA.md). jsonl and parquet: id, image, question, region.")
-    path: str = Field(description="The file, or a URL; with several files of one format, a folder.")
-    image_root: str | None = Field(
+    path: Location = Field(description="The file, or a URL; with several files of one format, a folder.")
+    image_root: Location | None = Field(
         default=None, description="Folder or URL that relative image paths count from; none: the file's folder."
     )
     box_format: Literal["xyxy", "xywh"] | None = Field(default=None, description="None: as the format has it.")
@@ -71,7 +97,7 @@ class FileData(Settings):
         description="Pixels, or parts of the image's sides: 0 to 1, 0 to 1000. None: as the format has it.",
     )
     license: str | None = Field(default=None, description="Licence of rows that name none.")
-    evaluation_path: str | None = Field(
+    evaluation_path: Location | None = Field(
         default=None, description="JSONL with id, image, question, answer; none: no accuracy is measured."
     )
 
@@ -104,7 +130,7 @@ class DataConfig(Settings):
     max_prompt_tokens: int | None = Field(
         default=None, ge=1, description="Longer prompts are set aside; none: the models' contexts less the response."
     )
-    compare_with: tuple[str, ...] = Field(
+    compare_with: tuple[Location, ...] = Field(
         default=(),
         description="JSONL files of images and questions that no training image may come from: your benchmarks.",
     )
@@ -217,14 +243,38 @@ class CheckpointConfig(Settings):
     every: int = Field(default=1, ge=1, description="Rounds between full training states.")
 
 
-class EvaluateConfig(Settings):
-    """How accuracy is measured."""
+class GenerationConfig(Settings):
+    """How a model answers the questions of a benchmark."""
 
-    every: int = Field(default=20, ge=1, description="Rounds between measurements of the student.")
-    answer_pattern: str = Field(
-        default=r"answer (\S+)", description="Regular expression; its first group, in its last match, is the answer."
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0: the likeliest token.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Likeliest tokens up to this share of probability.")
+    top_k: int = Field(default=0, ge=0, description="So many of the likeliest tokens; 0: all.")
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="Taken from the logits of tokens that the answer holds already."
     )
     max_new_tokens: int = Field(default=8, ge=1, description="Longer answers are cut.")
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="One answer to each question for each seed.")
+
+    @model_validator(mode="after")
+    def _seeds_count(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, got {self.seeds}; name each once")
+        if self.temperature == 0 and len(self.seeds) > 1:
+            raise ValueError(
+                f"seeds must be one where temperature is 0, which gives the same answer to every seed, got "
+                f"{len(self.seeds)}; raise temperature or leave seeds out"
+            )
+        return self
+
+
+class ExactProtocol(Settings):
+    """The answer that a pattern finds must be the right one, but for case, outer space and a final full stop."""
+
+    kind: Literal["exact"] = Field(default="exact", description="A pattern finds the answer.")
+    answer_pattern: str = Field(
+        default=r"<answer>(.*?)</answer>",
+        description="Regular expression; its first group, in its last match, is the answer.",
+    )
 
     @field_validator("answer_pattern")
     @classmethod
@@ -236,6 +286,103 @@ class EvaluateConfig(Settings):
         if groups != 1:
             raise ValueError(f"answer_pattern must have one group, got {groups}; put the answer in (...)")
         return pattern
+
+
+class ZwzProtocol(Settings):
+    """As ZwZ's mm-eval scores without a judge (docs/SCORING.md)."""
+
+    kind: Literal["zwz"] = Field(default="zwz", description="ZwZ's mm-eval.")
+
+
+class VLMEvalKitProtocol(Settings):
+    """As VLMEvalKit's exact matching scores, without a judge and without a random choice (docs/SCORING.md)."""
+
+    kind: Literal["vlmevalkit"] = Field(default="vlmevalkit", description="VLMEvalKit's exact matching.")
+
+
+Protocol = Annotated[ExactProtocol | ZwzProtocol | VLMEvalKitProtocol, Field(discriminator="kind")]
+
+
+class JudgeConfig(Settings):
+    """A model that decides whether an open answer means the same as the right one; where it is says `placement`."""
+
+    model: str = Field(description="Its name on the server.")
+    template: str = Field(
+        default="Question: {question}\nRight answer: {answer}\nGiven answer: {response}\n"
+        "Does the given answer mean the same as the right answer? Reply with yes or no alone.",
+        description="What it is asked; {question}, {answer} and {response} are replaced.",
+    )
+    max_new_tokens: int = Field(default=16, ge=1, description="Longer replies are cut.")
+
+    @field_validator("template")
+    @classmethod
+    def _has_all(cls, template: str) -> str:
+        if missing := [name for name in ("{question}", "{answer}", "{response}") if name not in template]:
+            raise ValueError(f"template must contain {', '.join(missing)}, got {template!r}; add it")
+        return template
+
+
+BenchmarkKind = Literal["vstar", "hr_bench_4k", "hr_bench_8k", "zoombench", "mme_realworld", "mmstar", "jsonl"]
+Aggregate = Literal["rows", "cycles", "categories"]
+
+
+class BenchmarkConfig(Settings):
+    """Questions with answers that the student is measured on, before training and after (docs/BENCHMARKS.md)."""
+
+    name: str = Field(description="How it is called in the report.", pattern=r"^[\w.-]+$")
+    kind: BenchmarkKind = Field(description="Which published benchmark; jsonl: your own questions.")
+    path: Location = Field(description="The file, or a URL, or a folder with files of the benchmark.")
+    image_root: Location | None = Field(
+        default=None, description="Folder or URL that relative image paths count from; none: the file's folder."
+    )
+    protocol: Protocol = Field(default=ExactProtocol(), description="How answers are scored.")
+    prompt: PromptConfig | None = Field(default=None, description="How questions become prompts; none: as in training.")
+    choice_template: str = Field(
+        default="{question}\n{options}",
+        description="Text of a question with options, which are replaced by lines such as A. red.",
+    )
+    generation: GenerationConfig = Field(
+        default=GenerationConfig(max_new_tokens=2048), description="How it is answered."
+    )
+    aggregate: Aggregate | None = Field(
+        default=None,
+        description="The score: mean over rows, over the means of cycles, or over those of categories; none: as the "
+        "protocol has it.",
+    )
+    judge: JudgeConfig | None = Field(default=None, description="Judges open answers; none: by the protocol alone.")
+
+    @field_validator("choice_template")
+    @classmethod
+    def _has_both(cls, template: str) -> str:
+        if template.count("{question}") != 1 or template.count("{options}") != 1:
+            raise ValueError(f"choice_template must contain {{question}} and {{options}} once, got {template!r}")
+        return template
+
+    @model_validator(mode="after")
+    def _judge_is_asked(self) -> Self:
+        if self.judge is not None and self.protocol.kind == "vlmevalkit":
+            raise ValueError("judge has no effect with protocol vlmevalkit, which has none; remove it")
+        return self
+
+
+class EvaluateConfig(Settings):
+    """How accuracy on the data's own held-out questions is measured."""
+
+    every: int = Field(default=20, ge=1, description="Rounds between measurements of the student.")
+    protocol: Protocol = Field(
+        default=ExactProtocol(answer_pattern=r"answer (\S+)"), description="How answers are scored."
+    )
+    generation: GenerationConfig = Field(default=GenerationConfig(), description="How questions are answered.")
+
+
+class SelectionConfig(Settings):
+    """How a checkpoint is chosen without labels: by prompts that training is kept clear of (docs/SELECTION.md)."""
+
+    num_prompts: int = Field(
+        default=64, ge=0, description="Training prompts that are set aside for it; 0: the last checkpoint is taken."
+    )
+    num_responses: int = Field(default=4, ge=1, description="Responses to each of them.")
+    every: int = Field(default=10, ge=1, description="Rounds between candidates; the last round is always one.")
 
 
 class StoreConfig(Settings):
@@ -452,6 +599,17 @@ class HardwareConfig(Settings):
     store_gbs: float | None = Field(default=None, gt=0, description="GB/s to and from the store; none: unknown.")
 
 
+class JudgeServerConfig(Settings):
+    """Where the judge of open answers is: any server with OpenAI's /v1/chat/completions."""
+
+    url: str | None = Field(default=None, description="http://HOST:PORT/v1; none: there is no judge.")
+    api_key_variable: str | None = Field(
+        default=None, description="Environment variable with the server's API key; none: it asks for none."
+    )
+    request_timeout: float = Field(default=120.0, gt=0, description="Seconds after which a request counts as lost.")
+    max_requests: int = Field(default=8, ge=1, description="Requests at a time.")
+
+
 class PlacementConfig(Settings):
     """Where and how fast; nothing here changes any result's name."""
 
@@ -459,6 +617,7 @@ class PlacementConfig(Settings):
     teacher_device: str = Field(default="cpu", description="Replay, with the engine in the box.")
     student_servers: ServersConfig = Field(default=ServersConfig(), description="Rollouts and evaluation on vLLM.")
     teacher_servers: ServersConfig = Field(default=ServersConfig(), description="Replay on vLLM.")
+    judge: JudgeServerConfig = Field(default=JudgeServerConfig(), description="Where the judge of open answers is.")
     trainer: TrainerConfig = Field(default=TrainerConfig(), description="Processes that train, and their devices.")
     hardware: HardwareConfig = Field(default=HardwareConfig(), description="What a device can do, for the plan.")
     threads: int = Field(default=1, ge=1, description="CPU threads; another number may change the last bits.")

@@ -1,126 +1,105 @@
-"""Stage: the accuracy of a model on held-out questions, with its interval."""
+"""Stage: the score of a model's answers to a benchmark, with its interval. No model is asked but the judge, if any."""
 
-import math
-import re
-import time
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
-from PIL import Image
-from pydantic import Field
-
-from tasks.adapters.dataset import cut
-from tasks.adapters.store import Outcome
-from tasks.adapters.tables import write_rows
-from tasks.artifacts import ArtifactRef, EvaluationSample, Job, Prediction, Role
-from tasks.config import EngineFingerprint, PromptConfig
-from tasks.ports import SamplingRequest
+from tasks.adapters.benchmarks import question_text
+from tasks.adapters.dataset import SAMPLES
+from tasks.adapters.evaluation import PREDICTIONS, RESULTS, SCORES, EvaluateJob, outcomes, subcategory_of
+from tasks.adapters.judge import JudgeRow, Verdict, judge
+from tasks.adapters.scoring import Scored, check_protocol, needs_judge, score
+from tasks.adapters.statistics import estimate
+from tasks.adapters.store import Outcome, write_json
+from tasks.adapters.tables import read_rows, write_rows
+from tasks.artifacts import EvaluationSample, Prediction, Score
 from tasks.stage import RunContext, stage
-from vzero_core.config import ViewConfig
-from vzero_core.errors import InputError
-from vzero_core.views import Size, positive_crop, scale_box
-
-PREDICTIONS = "predictions.parquet"
-Z_95 = 1.959963984540054
-
-
-class EvaluateJob(Job):
-    """Measure a model."""
-
-    stage: ClassVar[str] = "evaluate"
-
-    role: Role
-    policy: ArtifactRef
-    data: ArtifactRef
-    crop: ViewConfig | None = Field(description="How the region's crop is cut; none: the full image alone.")
-    prompt: PromptConfig
-    answer_pattern: str
-    max_new_tokens: int
-    engine: EngineFingerprint
-
-    @property
-    def title(self) -> str:
-        """How the run is called on the dashboard."""
-        return f"evaluate {self.role}" + (", with crop" if self.crop else "")
 
 
 @stage(EvaluateJob)
 def evaluate(job: EvaluateJob, context: RunContext, folder: Path) -> Outcome:
-    """Answer every question greedily and compare with the answer by exact match."""
-    samples = context.evaluation.evaluation(job.data)
-    engine = context.engines.student(job.policy) if job.role == "student" else context.engines.teacher(job.policy)
-    requests = [
-        SamplingRequest(
-            prompt=context.engines.renderer.prompt(sample.question, _images(sample, job, context), job.prompt),
-            seeds=(0,),
+    """Score every answer by the protocol, or let the judge decide where the question is open and there is one."""
+    samples = read_rows(context.store.read(job.data, SAMPLES), EvaluationSample)
+    by_id = {sample.id: sample for sample in samples}
+    rows = [row for ref in job.predictions for row in read_rows(context.store.read(ref, PREDICTIONS), Prediction)]
+    asked_of = [by_id[row.sample_id] for row in rows]
+    check_protocol(job.protocol, samples)
+    found = [score(job.kind, job.protocol, row.response, sample) for sample, row in zip(asked_of, rows, strict=True)]
+    questions = [question_text(sample, job.choice_template) for sample in asked_of]
+    verdicts = _judge(job, context, asked_of, questions, found)
+    scores = [
+        Score(
+            sample_id=row.sample_id,
+            seed=row.seed,
+            extracted=scored.extracted,
+            answer=sample.answer,
+            correct=verdicts[index].correct if index in verdicts else scored.correct,
+            problem=verdicts[index].problem if index in verdicts else None,
         )
-        for sample in samples
+        for index, (sample, row, scored) in enumerate(zip(asked_of, rows, found, strict=True))
     ]
-    started = time.perf_counter()
-    with context.progress(job.title, len(requests)) as advance:
-        responses = engine.sample(requests, temperature=0.0, max_new_tokens=job.max_new_tokens, advance=advance)
-    seconds = time.perf_counter() - started
-    pattern = re.compile(job.answer_pattern, re.DOTALL)
-    rows = []
-    for sample, (response,) in zip(samples, responses, strict=True):
-        extracted = extract_answer(response.text, pattern)
-        rows.append(
-            Prediction(
-                sample_id=sample.id,
-                response=response.text,
-                extracted=extracted,
-                answer=sample.answer,
-                correct=extracted is not None and normalise(extracted) == normalise(sample.answer),
-                truncated=response.truncated,
-            )
-        )
-    write_rows(folder / PREDICTIONS, rows, Prediction)
-    num_correct = sum(row.correct for row in rows)
-    low, high = wilson_interval(num_correct, len(rows))
-    return Outcome(
-        summary={
-            "accuracy": num_correct / len(rows),
-            "low": low,
-            "high": high,
-            "num_questions": len(rows),
-            "truncated_share": sum(row.truncated for row in rows) / len(rows),
-        },
-        measured={"questions_per_second": len(rows) / seconds},
-    )
+    write_rows(folder / SCORES, scores, Score)
+    summary = _summary(job, samples, rows, scores)
+    settings = job.model_dump(mode="json", exclude={"policy", "data", "predictions"})
+    write_json(folder / RESULTS, {**settings, "policy": job.policy.digest, "data": job.data.digest, **summary})
+    return Outcome(summary=summary)
 
 
-def _images(sample: EvaluationSample, job: EvaluateJob, context: RunContext) -> list[Image.Image]:
-    full = context.evaluation.image(sample)
-    if job.crop is None:
-        return [full]
-    if sample.region is None:
-        raise InputError(f"evaluation row {sample.id} must have a region to be shown with its crop; add one")
-    detail = context.evaluation.detail(sample)
-    box = scale_box(sample.region, Size(*full.size), Size(*detail.size))
-    crop = positive_crop(box, detail.width, detail.height, job.crop.positive)
-    return [full, cut(detail, crop.frame_size, crop.box, crop.size, job.crop.resample)]
+def _judge(
+    job: EvaluateJob,
+    context: RunContext,
+    samples: Sequence[EvaluationSample],
+    questions: Sequence[str],
+    found: Sequence[Scored],
+) -> dict[int, Verdict]:
+    """Ask the judge, where there is one, about the answers that need it; give its verdicts by row."""
+    if job.judge is None:
+        return {}
+    asked = [
+        index
+        for index, (sample, scored) in enumerate(zip(samples, found, strict=True))
+        if needs_judge(job.kind, job.protocol, sample, scored)
+    ]
+    rows = [JudgeRow(questions[index], samples[index].answer, str(found[index].extracted)) for index in asked]
+    with context.progress(job.title, len(rows)) as advance:
+        verdicts = judge(job.judge, context.judge, rows, advance)
+    return dict(zip(asked, verdicts, strict=True))
 
 
-def extract_answer(text: str, pattern: re.Pattern[str]) -> str | None:
-    """Give the pattern's first group in its last match; None where it does not match."""
-    matches = list(pattern.finditer(text))
-    return matches[-1].group(1) if matches else None
+def _summary(
+    job: EvaluateJob, samples: Sequence[EvaluationSample], rows: Sequence[Prediction], scores: Sequence[Score]
+) -> dict[str, Any]:
+    found = estimate(outcomes(samples, scores, job.aggregate))
+    by_seed: dict[int, list[Score]] = defaultdict(list)
+    for one in scores:
+        by_seed[one.seed].append(one)
+    seeds = {seed: estimate(outcomes(samples, own, job.aggregate)).value for seed, own in by_seed.items()}
+    return {
+        "accuracy": found.value,
+        "low": found.low,
+        "high": found.high,
+        "method": found.method,
+        "aggregate": job.aggregate,
+        "num_questions": len({sample.group or sample.id for sample in samples}),
+        "num_rows": len(samples),
+        "num_tokens": sum(row.num_tokens for row in rows),
+        "truncated_share": sum(row.truncated for row in rows) / len(rows),
+        "num_unanswered": sum(one.extracted is None for one in scores),
+        "num_problems": sum(one.problem is not None for one in scores),
+        "by_category": _by_category(samples, scores),
+        "by_seed": {str(seed): value for seed, value in seeds.items()},
+        "seed_spread": statistics.stdev(seeds.values()) if len(seeds) > 1 else None,
+    }
 
 
-def normalise(answer: str) -> str:
-    """Fold what no reader would call a difference: case, outer space, a final full stop."""
-    return answer.strip().rstrip(".").strip().casefold()
-
-
-def wilson_interval(num_correct: int, total: int) -> tuple[float, float]:
-    """Give the 95% Wilson score interval of a proportion.
-
-        (p + z^2/2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2/n),  z = 1.96
-
-    Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927).
-    """
-    share, square = num_correct / total, Z_95**2
-    centre = share + square / (2 * total)
-    half = Z_95 * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    scale = 1 + square / total
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+def _by_category(samples: Sequence[EvaluationSample], scores: Sequence[Score]) -> dict[str, Any]:
+    """Give the mean over the rows of each category, and of each subcategory, with its interval."""
+    names = {sample.id: [name for name in (sample.category, subcategory_of(sample)) if name] for sample in samples}
+    counts = Counter(name for found in names.values() for name in found)
+    categories = {}
+    for name in sorted(counts):
+        own = estimate(outcomes(samples, [one for one in scores if name in names[one.sample_id]], "rows"))
+        categories[name] = {"accuracy": own.value, "low": own.low, "high": own.high, "num_rows": counts[name]}
+    return categories

@@ -85,9 +85,30 @@ class PolicyEngine(Protocol):
         """Hold the weights of a model folder; nothing happens where it already holds that digest."""
 
     def sample(
-        self, requests: Sequence[SamplingRequest], *, temperature: float, max_new_tokens: int, advance: Advance
+        self,
+        requests: Sequence[SamplingRequest],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        advance: Advance,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        presence_penalty: float = 0.0,
     ) -> list[list[Response]]:
-        """Give, per request, one response per seed; temperature 0 takes the likeliest token."""
+        """Give, per request, one response per seed.
+
+        The settings that change probabilities apply in this order: presence penalty, temperature, top-k, top-p. The
+        log-probs of a response are the model's own, as if none applied.
+
+        Args:
+            requests: prompts and seeds.
+            temperature: 0 takes the likeliest token.
+            max_new_tokens: longer responses are cut.
+            advance: called as prompts are finished.
+            top_p: the likeliest tokens up to this share of probability, in (0, 1]; at least one.
+            top_k: so many of the likeliest tokens, and what is as likely as the last of them; 0 for all.
+            presence_penalty: nats taken from the logits of tokens that the response, not the prompt, holds already.
+        """
 
 
 class TeacherScorer(Protocol):

@@ -34,11 +34,13 @@ class ReplayJob(Job):
     round: int
     shard: int
     num_shards: int
+    held_out: bool = False
 
     @property
     def title(self) -> str:
         """How the run is called on the dashboard."""
-        return f"replay, round {self.round}" + (f", shard {self.shard}" if self.num_shards > 1 else "")
+        what = "candidate replay" if self.held_out else "replay"
+        return f"{what}, round {self.round}" + (f", shard {self.shard}" if self.num_shards > 1 else "")
 
 
 @stage(ReplayJob)
@@ -68,6 +70,7 @@ def replay(job: ReplayJob, context: RunContext, folder: Path) -> Outcome:
         measured={
             "tokens_per_second": len(job.replayed) * num_tokens / seconds,
             **_num_computed(scores),
+            **context.engines.gpu_seconds("teacher", seconds),
         },
     )
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -10,7 +11,7 @@ from tasks.adapters.dataset import by_id
 from tasks.adapters.store import Outcome
 from tasks.adapters.tables import write_rows
 from tasks.adapters.training_data import ROLLOUTS
-from tasks.artifacts import ArtifactRef, Job, Rollout, digest_json
+from tasks.artifacts import ArtifactRef, Job, Rollout, Sample, digest_json
 from tasks.config import EngineFingerprint, PromptConfig, SamplingConfig
 from tasks.ports import SamplingRequest
 from tasks.stage import RunContext, stage
@@ -21,6 +22,7 @@ class RolloutsJob(Job):
     """Sample responses to a shard of a round's prompts."""
 
     stage: ClassVar[str] = "rollouts"
+    version: ClassVar[int] = 2
 
     policy: ArtifactRef
     views: ArtifactRef
@@ -32,18 +34,26 @@ class RolloutsJob(Job):
     prompts_per_round: int
     shard: int
     num_shards: int
+    num_held_out: int = 0
+    """Prompts set aside, so that a checkpoint can be chosen by them."""
+    held_out: bool = False
+    """All of these are asked, after the round; else the round's own, which are never among them."""
 
     @property
     def title(self) -> str:
         """How the run is called on the dashboard."""
-        return f"rollouts, round {self.round}" + (f", shard {self.shard}" if self.num_shards > 1 else "")
+        what = "candidate rollouts" if self.held_out else "rollouts"
+        return f"{what}, round {self.round}" + (f", shard {self.shard}" if self.num_shards > 1 else "")
 
 
 @stage(RolloutsJob)
 def rollouts(job: RolloutsJob, context: RunContext, folder: Path) -> Outcome:
     """Sample G responses per prompt; each response's randomness is (seed, round, sample, number) alone."""
     samples = by_id(context.dataset.samples(job.views))
-    chosen = prompts_of_shard(list(samples), job)
+    training, held_out = split_prompts([sample for _, sample in samples.values()], job.num_held_out, job.seed)
+    chosen = held_out if job.held_out else prompts_of_shard(training, job)
+    # Checkpoints are compared on the same draws.
+    number: int | str = "held out" if job.held_out else job.round
     engine = context.engines.student(job.policy)
     requests = [
         SamplingRequest(
@@ -51,7 +61,7 @@ def rollouts(job: RolloutsJob, context: RunContext, folder: Path) -> Outcome:
                 samples[sample_id][1].question, [context.dataset.image(samples[sample_id][1])], job.prompt
             ),
             seeds=tuple(
-                int(digest_json([job.seed, job.round, sample_id, index, "rollout"]), 16)
+                int(digest_json([job.seed, number, sample_id, index, "rollout"]), 16)
                 for index in range(job.sampling.num_responses)
             ),
         )
@@ -80,6 +90,7 @@ def rollouts(job: RolloutsJob, context: RunContext, folder: Path) -> Outcome:
             token_ids=response.token_ids,
             logprobs=response.logprobs,
             text=response.text,
+            tokens=tuple(context.engines.renderer.texts(response.token_ids)),
             truncated=response.truncated,
         )
         for sample_id, group in zip(chosen, responses, strict=True)
@@ -94,8 +105,44 @@ def rollouts(job: RolloutsJob, context: RunContext, folder: Path) -> Outcome:
             "mean_length": num_tokens / len(rows),
             "truncated_share": sum(row.truncated for row in rows) / len(rows),
         },
-        measured={"tokens_per_second": num_tokens / seconds},
+        measured={"tokens_per_second": num_tokens / seconds, **context.engines.gpu_seconds("student", seconds)},
     )
+
+
+def split_prompts(samples: Sequence[Sample], num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """Set prompts aside, with all prompts of the same image.
+
+    Args:
+        samples: all training samples.
+        num_held_out: so many are set aside at least.
+        seed: of the run.
+
+    Returns:
+        Ids of the samples to train on, and of those set aside.
+    """
+    by_image: dict[str, list[str]] = defaultdict(list)
+    for sample in samples:
+        by_image[sample.image.sha256 or sample.image.uri].append(sample.id)
+    held_out: list[str] = []
+    for image in sorted(by_image, key=lambda image: digest_json([seed, image, "held out"])):
+        if len(held_out) >= num_held_out:
+            break
+        held_out += sorted(by_image[image])
+    aside = set(held_out)
+    return [sample.id for sample in samples if sample.id not in aside], held_out
+
+
+def require_prompts(sample_ids: Sequence[str], prompts_per_round: int) -> None:
+    """Make sure that there are as many samples to train on as a round needs.
+
+    Raises:
+        InputError: there are not.
+    """
+    if len(sample_ids) < prompts_per_round:
+        raise InputError(
+            "rounds.prompts_per_round must be at most the number of samples that selection.num_prompts leaves, got "
+            f"{prompts_per_round} and {len(sample_ids)} samples; lower one of the two or add samples"
+        )
 
 
 def prompts_of_shard(sample_ids: Sequence[str], job: RolloutsJob) -> list[str]:
@@ -103,12 +150,8 @@ def prompts_of_shard(sample_ids: Sequence[str], job: RolloutsJob) -> list[str]:
 
     A round never spans two epochs, so no prompt stands in it twice; what is left of an epoch is passed over.
     """
+    require_prompts(sample_ids, job.prompts_per_round)
     rounds_per_epoch = len(sample_ids) // job.prompts_per_round
-    if rounds_per_epoch == 0:
-        raise InputError(
-            f"rounds.prompts_per_round must be at most the number of samples, got {job.prompts_per_round} "
-            f"and {len(sample_ids)} samples; lower it or add samples"
-        )
     epoch, position = divmod(job.round - 1, rounds_per_epoch)
     order = sorted(sample_ids)
     random.Random(int(digest_json([job.seed, epoch, "prompt order"]), 16)).shuffle(order)

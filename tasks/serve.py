@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
@@ -128,6 +128,25 @@ class Engines:
             teacher = self._teacher
         teacher.load_weights(folder, model.digest)
         return teacher
+
+    def gpu_seconds(self, work: Role | Literal["trainer"], seconds: float) -> dict[str, float]:
+        """Give what a stage cost on GPUs, as a measured figure; none where it took place on CPU, or on others' servers.
+
+        Args:
+            work: who worked.
+            seconds: for how long.
+        """
+        placement = self._placement
+        config = self._teacher_config if work == "teacher" else self._student_config
+        device = placement.teacher_device if work == "teacher" else placement.student_device
+        if work == "trainer" and placement.trainer.devices:
+            # One each, on every machine.
+            num_gpus = placement.trainer.total_processes
+        elif work != "trainer" and not isinstance(config.engine, InProcessEngine):
+            num_gpus = len((placement.teacher_servers if work == "teacher" else placement.student_servers).devices)
+        else:
+            num_gpus = int(device != "cpu")
+        return {"gpu_seconds": num_gpus * seconds} if num_gpus else {}
 
     def _engine(self, role: Role, folder: Path, digest: str) -> TransformersEngine | VLLMEngine:
         if self._closed:

@@ -17,7 +17,7 @@ from tasks.adapters.dataset import Dataset
 from tasks.adapters.files import PASSING_ERRNOS
 from tasks.adapters.store import Outcome, Store
 from tasks.artifacts import ArtifactRef, Job
-from tasks.config import FileData
+from tasks.config import BenchmarkConfig, FileData, JudgeServerConfig
 from tasks.ports import Advance
 from tasks.serve import Engines
 from vzero_core.errors import VZeroError
@@ -36,15 +36,25 @@ class Terminal(Protocol):
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """Questions that models are measured on, and what reads their images."""
+
+    config: BenchmarkConfig
+    data: Dataset
+
+
+@dataclass(frozen=True)
 class RunContext:
     """Where and how a run works; nothing of it enters any key."""
 
     store: Store
     data: FileData
-    compared: dict[str, FileData]
+    compared: dict[str, FileData | BenchmarkConfig]
     """Evaluation data that training is kept clear of, by its digest."""
     dataset: Dataset
-    evaluation: Dataset
+    benchmarks: dict[str, Benchmark]
+    """By name; the data's own held-out questions are the one called `HELD_OUT`."""
+    judge: JudgeServerConfig
     engines: Engines
     terminal: Terminal
     checkpoint_every: int

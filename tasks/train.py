@@ -30,7 +30,8 @@ def train(job: TrainJob, context: RunContext, folder: Path) -> Outcome:
     write_json(folder / POLICY, update.policy)
     if job.round % context.checkpoint_every == 0:
         context.store.produce(state, lambda target: _write_state(update, target))
-    return Outcome(summary=update.summary, measured={"tokens_per_second": update.num_tokens / seconds})
+    measured = {"tokens_per_second": update.num_tokens / seconds, **context.engines.gpu_seconds("trainer", seconds)}
+    return Outcome(summary=update.summary, measured=measured)
 
 
 @stage(CheckpointJob)

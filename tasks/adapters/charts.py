@@ -65,6 +65,8 @@ class Chart:
     """Values that the axis reaches at least, so that small changes look small."""
     logarithmic: bool = False
     note: str = ""
+    marked: int | None = None
+    """A round that a line is drawn at."""
 
     def __post_init__(self) -> None:
         assert 0 < len(self.lines) <= len(_LINES)
@@ -114,6 +116,8 @@ def draw(chart: Chart, last_round: int) -> str:
         axes = figure.add_subplot()
         for line, color, dash, marker in zip(chart.lines, _LINES, _DASHES, _MARKERS, strict=False):
             _draw_line(axes, line, color, dash, marker)
+        if chart.marked is not None:
+            axes.axvline(chart.marked, color=_MUTED, linewidth=1, zorder=0)
         for (_, level), dash in zip(chart.levels, _LEVEL_DASHES, strict=False):
             axes.axhline(level, color=_MUTED, linewidth=1.2, linestyle=dash)
         _dress(axes, chart, last_round)
@@ -175,7 +179,8 @@ def _limits(chart: Chart) -> tuple[float, float]:
 
 
 def _tick(value: float, chart: Chart) -> str:
-    text = f"{100 * value:.4g}%" if chart.percent else f"{value:,.4g}"
+    plain = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    text = f"{100 * value:.4g}%" if chart.percent else plain
     return text.replace("-", _MINUS)
 
 

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tasks.adapters.charts import Chart, Line, drawable
+from tasks.adapters.origins import cost_of
 from tasks.adapters.store import Store
 from tasks.artifacts import ArtifactRef, Manifest
 from vzero_core.config import Gate, GateConfig, PrefixTrustConfig
@@ -14,6 +16,8 @@ Figures = Mapping[str, float | None]
 
 SUSPICIOUS_CORRELATION = 0.3
 """Beyond this, of either sign, a gate is said to choose by length."""
+_Z = 1.96
+"""Standard errors to either side of a mean that make a 95% interval."""
 
 
 def round_figures(
@@ -29,11 +33,12 @@ def round_figures(
     num_responses = sum(manifest.summary["num_responses"] for manifest in sampled)
     num_tokens = sum(manifest.summary["num_tokens"] for manifest in sampled)
     truncated = sum(manifest.summary["truncated_share"] * manifest.summary["num_responses"] for manifest in sampled)
-    trained = store.manifest(train)
+    trained, gated = store.manifest(train), store.manifest(gate)
+    cost = cost_of([*sampled, *replayed, gated, trained])
     return {
         "round": number,
         **_numbers(trained.summary),
-        **_numbers(store.manifest(gate).summary),
+        **_numbers(gated.summary),
         **{f"support_{view}": value for view, value in _support(replayed).items()},
         "response_length": num_tokens / num_responses,
         "truncated_share": truncated / num_responses,
@@ -41,6 +46,9 @@ def round_figures(
         "replayed_per_second": _rate(replayed),
         "replay_computed_share": _computed_share(replayed),
         "trained_per_second": trained.measured.get("tokens_per_second"),
+        "wall_seconds": cost.seconds,
+        "cpu_seconds": cost.cpu_seconds,
+        "gpu_seconds": cost.gpu_seconds,
     }
 
 
@@ -123,6 +131,14 @@ def learning_curves(rounds: Sequence[Figures]) -> list[Chart]:
                 {"sampling": "sampled_per_second", "replay": "replayed_per_second", "training": "trained_per_second"},
                 logarithmic=True,
             ),
+            _chart(
+                rounds,
+                "Cost of a round",
+                "seconds",
+                {"wall": "wall_seconds", "CPU": "cpu_seconds", "GPU": "gpu_seconds"},
+                covers=(0.0,),
+                note="Sampling, replay, gate and training, added up. CPU counts all threads of the run's own process.",
+            ),
         ]
     )
 
@@ -185,6 +201,66 @@ def gate_charts(rounds: Sequence[Figures], gate: Gate) -> list[Chart]:
             ),
         ]
     )
+
+
+def selection_charts(store: Store, criteria: Sequence[ArtifactRef], chosen: int) -> list[Chart]:
+    """Give the charts of what the checkpoint was chosen by; no label is behind any of it."""
+    found = [store.manifest(ref) for ref in criteria]
+    return drawable(
+        [
+            Chart(
+                f"{title} on prompts set aside",
+                "nats per token, with 95% intervals",
+                (_criterion(found, name),),
+                covers=(0.0,),
+                note=note,
+                marked=chosen,
+            )
+            for title, name, note in (
+                (
+                    "Support",
+                    "support",
+                    "Log-prob of the responses under the teacher with the relevant crop. It decides.",
+                ),
+                ("Divergence", "divergence", "Student against teacher with the relevant crop. It should fall."),
+                (
+                    "Evidence score",
+                    "evidence_score",
+                    "How much more the relevant crop supports the responses than the irrelevant one does.",
+                ),
+            )
+        ]
+    )
+
+
+def _criterion(found: Sequence[Manifest], name: str) -> Line:
+    known = [manifest for manifest in found if manifest.summary.get(name) is not None]
+    values = tuple(float(manifest.summary[name]) for manifest in known)
+    # One prompt alone has no standard error.
+    errors = [_Z * (manifest.summary[f"{name}_se"] or 0.0) for manifest in known]
+    return Line(
+        "mean",
+        tuple(int(manifest.job["round"]) for manifest in known),
+        values,
+        intervals=tuple((value - error, value + error) for value, error in zip(values, errors, strict=True)),
+    )
+
+
+def overlaid(first: Sequence[Chart], second: Sequence[Chart], names: tuple[str, str]) -> list[Chart]:
+    """Give a chart for each line that two runs have in common, with both of them in it."""
+    others = {chart.title: chart for chart in second}
+    charts = []
+    for chart in first:
+        if chart.title not in others:
+            continue
+        matching = {line.label: line for line in others[chart.title].lines}
+        for line in chart.lines:
+            if line.label not in matching:
+                continue
+            title = chart.title if len(chart.lines) == 1 else f"{chart.title}: {line.label}"
+            lines = (replace(line, label=names[0]), replace(matching[line.label], label=names[1]))
+            charts.append(replace(chart, title=title, lines=lines, levels=(), marked=None))
+    return drawable(charts)
 
 
 def _chart(

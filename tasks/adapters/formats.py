@@ -1,16 +1,19 @@
 """Formats of training data: one function each. It picks the fields that training needs; no function reads an answer.
 
-The layouts are those of the published files and of the code that reads them; docs/DATA.md shows each.
+The layouts are those of the published files and of the code that reads them; docs/DATA.md shows each. What reads a
+single field stands below them; benchmarks are read with it, too.
 """
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from vzero_core.errors import InputError
 from vzero_core.views import Box
+
+F = TypeVar("F")
 
 BoxFormat = Literal["xyxy", "xywh"]
 BoxUnit = Literal["pixels", "fraction", "per_mille"]
@@ -52,22 +55,24 @@ class Fields(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Format:
+class Format(Generic[F]):
     """How rows of a format are read.
 
     Attributes:
-        suffix: of its files, where a folder is given: `.jsonl`, `.json` (one array of rows) or `.parquet`.
+        suffix: of its files, where a folder is given: `.jsonl`, `.json` (one array of rows), `.parquet` or `.tsv`.
         fields: the fields that `read` may look at; all others stay outside.
         images: those of them that name images, or hold them.
         read: gives the fields of a row; raises InputError for one of another form.
         box_format: xyxy or xywh (left, top, width, height).
+        base64: a text in an image column of a Parquet file is an image in base64, not a path.
     """
 
-    suffix: Literal[".jsonl", ".json", ".parquet"]
+    suffix: Literal[".jsonl", ".json", ".parquet", ".tsv"]
     fields: tuple[str, ...]
     images: tuple[str, ...]
-    read: Callable[[dict[str, Any]], Fields]
+    read: Callable[[dict[str, Any]], F]
     box_format: BoxFormat = "xyxy"
+    base64: bool = False
 
 
 # --- the formats --------------------------------------------------------------------------------------------------
@@ -79,16 +84,16 @@ def own(row: dict[str, Any]) -> Fields:
     if missing:
         raise InputError(f"row must have image and question; {', '.join(missing)} missing")
     return Fields(
-        question=_text(row, "question"),
-        image=_image(row, "image"),
+        question=text_of(row, "question"),
+        image=image_of(row, "image"),
         boxes=row.get("region"),
         id=_identifier(row),
         detail_image=_optional_image(row, "detail_image"),
         positive_image=_optional_image(row, "positive_image"),
         negative_image=_optional_image(row, "negative_image"),
-        source=_label(row, "source"),
-        license=_label(row, "license"),
-        group=_label(row, "group"),
+        source=label_of(row, "source"),
+        license=label_of(row, "license"),
+        group=label_of(row, "group"),
     )
 
 
@@ -103,12 +108,12 @@ def zwz_rl_vqa(row: dict[str, Any]) -> Fields:
     Its pictures below `images/` have the box burned in, in red, and its questions end by pointing at it; the clean
     pictures lie below `original_images/` under the same names, or are named in a column of that name.
     """
-    question = _RED_BOX.sub("", _question(_text(row, "problem")))
+    question = _RED_BOX.sub("", plain_question(text_of(row, "problem")))
     if "red bounding box" in question.lower():
         raise InputError("problem must not need the red bounding box, which the clean image lacks; remove the row")
     image = _optional_image(row, "original_images")
     if image is None:
-        drawn = _image(row, "images")
+        drawn = image_of(row, "images")
         image = re.sub(r"^((?:.*/)?)images/", r"\1original_images/", drawn)
         if "original_images/" not in image:
             raise InputError(
@@ -119,12 +124,12 @@ def zwz_rl_vqa(row: dict[str, Any]) -> Fields:
 
 def visual_cot(row: dict[str, Any]) -> Fields:
     """Read a row of Visual CoT's `*_cot_train.jsonl`; images lie below `cot/<dataset>/`, as its own tools have it."""
-    dataset = _text(row, "dataset")
+    dataset = text_of(row, "dataset")
     # TextCaps shares the pictures of TextVQA.
     folder = "textvqa" if dataset == "textcap" else dataset
     return Fields(
-        question=_question(_text(row, "question")),
-        image=f"cot/{folder}/{_image(row, 'image')}",
+        question=plain_question(text_of(row, "question")),
+        image=f"cot/{folder}/{image_of(row, 'image')}",
         boxes=row.get("bboxs"),
         source=f"Visual-CoT/{dataset}",
     )
@@ -140,9 +145,9 @@ def viscot_363k(row: dict[str, Any]) -> Fields:
     if not names:
         raise InputError(f"image must be a path, and paths with ### and a box, got {_type_of(images)}")
     boxes = [name.partition("###")[2] for name in names if "###" in name]
-    dataset = _label(row, "dataset")
+    dataset = label_of(row, "dataset")
     return Fields(
-        question=_BOX_REQUEST.sub("", _question(_first_turn(row))),
+        question=_BOX_REQUEST.sub("", plain_question(_first_turn(row))),
         image=names[0].partition("###")[0],
         boxes=boxes,
         source=f"Visual-CoT/{dataset}" if dataset else "Visual-CoT",
@@ -152,8 +157,8 @@ def viscot_363k(row: dict[str, Any]) -> Fields:
 def treevgr_rl_37k(row: dict[str, Any]) -> Fields:
     """Read a row of TreeVGR-RL-37K."""
     return Fields(
-        question=_question(_text(row, "problem")),
-        image=_image(row, "images"),
+        question=plain_question(text_of(row, "problem")),
+        image=image_of(row, "images"),
         boxes=_target_boxes(row),
         source="TreeVGR-RL-37K",
     )
@@ -167,8 +172,10 @@ def vstar_seal(row: dict[str, Any]) -> Fields:
 
     That turn also lists the objects to look at, for a model that is shown their crops: the list is left out.
     """
-    question = _text(row, "question") if row.get("question") is not None else _FOCUS.sub("", _first_turn(row))
-    return Fields(question=_question(question), image=_image(row, "image"), boxes=_target_boxes(row), source="V*-SEAL")
+    question = text_of(row, "question") if row.get("question") is not None else _FOCUS.sub("", _first_turn(row))
+    return Fields(
+        question=plain_question(question), image=image_of(row, "image"), boxes=_target_boxes(row), source="V*-SEAL"
+    )
 
 
 def vzero_release(row: dict[str, Any]) -> Fields:
@@ -177,18 +184,18 @@ def vzero_release(row: dict[str, Any]) -> Fields:
     Its column for the negative view's prompt is ignored, as the release itself does: both views share one text.
     """
     return Fields(
-        question=_question(_user_text(row)),
-        image=_image(row, "images"),
-        positive_image=_image(row, "teacher_images"),
-        negative_image=_image(row, "teacher_neg_images"),
-        source=_label(row, "data_source") or "V-Zero",
+        question=plain_question(_user_text(row)),
+        image=image_of(row, "images"),
+        positive_image=image_of(row, "teacher_images"),
+        negative_image=image_of(row, "teacher_neg_images"),
+        source=label_of(row, "data_source") or "V-Zero",
     )
 
 
 _OWN_IMAGES = ("image", "detail_image", "positive_image", "negative_image")
 _OWN_FIELDS = ("id", "question", "region", "source", "license", "group", *_OWN_IMAGES)
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, Format[Fields]] = {
     "jsonl": Format(".jsonl", _OWN_FIELDS, _OWN_IMAGES, own),
     "parquet": Format(".parquet", _OWN_FIELDS, _OWN_IMAGES, own),
     "zwz_rl_vqa": Format(
@@ -210,7 +217,39 @@ FORMATS: dict[str, Format] = {
 """Every format, by the `kind` of its configuration."""
 
 
-# --- fields -------------------------------------------------------------------------------------------------------
+# --- rows and fields ----------------------------------------------------------------------------------------------
+
+
+def json_object(value: Any) -> dict[str, Any]:
+    """Give a row that is one.
+
+    Raises:
+        InputError: it is something else, or was found to be bad when it was read.
+    """
+    if isinstance(value, InputError):
+        raise value
+    if not isinstance(value, dict):
+        raise InputError(f"row must be a JSON object, got {_type_of(value)}")
+    return value
+
+
+def id_of(value: Any, *names: str) -> str | None:
+    """Give the id of a row that may be bad, for messages: the first field that holds one."""
+    found = [value.get(name) for name in names] if isinstance(value, dict) else []
+    return next((shown(item) for item in found if isinstance(item, str | int | float)), None)
+
+
+def require_unicode(*texts: str | None) -> None:
+    """Refuse texts that no file of ours could hold.
+
+    Raises:
+        InputError: half of a surrogate pair is in one: JSON can spell it, and bytes that are no UTF-8 are read so.
+    """
+    for text in texts:
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise InputError("text must be valid Unicode, but half of a surrogate pair is in it") from error
 
 
 def _type_of(value: Any) -> str:
@@ -218,14 +257,24 @@ def _type_of(value: Any) -> str:
     return type(value).__name__
 
 
-def _text(row: dict[str, Any], name: str) -> str:
+def text_of(row: dict[str, Any], name: str) -> str:
+    """Give a field that must be a text.
+
+    Raises:
+        InputError: it is something else.
+    """
     value = row.get(name)
     if not isinstance(value, str):
         raise InputError(f"{name} must be a text, got {_type_of(value)}")
     return value
 
 
-def _label(row: dict[str, Any], name: str) -> str | None:
+def label_of(row: dict[str, Any], name: str) -> str | None:
+    """Give a field that may be missing: a text, or a whole number as a text.
+
+    Raises:
+        InputError: it is something else.
+    """
     value = row.get(name)
     if value is None:
         return None
@@ -238,14 +287,18 @@ def _label(row: dict[str, Any], name: str) -> str | None:
 
 
 def _identifier(row: dict[str, Any]) -> str | None:
-    identifier = _label(row, "id")
+    identifier = label_of(row, "id")
     if identifier is not None and not identifier.strip():
         raise InputError("id must not be blank; name the row, or leave the id out")
     return identifier
 
 
-def _image(row: dict[str, Any], name: str) -> str:
-    """Give the one image of a field: a path, a struct with the path, or a list of one of them."""
+def image_of(row: dict[str, Any], name: str) -> str:
+    """Give the one image of a field: a path, a struct with the path, or a list of one of them.
+
+    Raises:
+        InputError: it is something else.
+    """
     value = row.get(name)
     items = value if isinstance(value, list) else [value]
     if len(items) != 1:
@@ -259,10 +312,11 @@ def _image(row: dict[str, Any], name: str) -> str:
 
 
 def _optional_image(row: dict[str, Any], name: str) -> str | None:
-    return _image(row, name) if row.get(name) is not None else None
+    return image_of(row, name) if row.get(name) is not None else None
 
 
-def _question(text: str) -> str:
+def plain_question(text: str) -> str:
+    """Give a question without the placeholders of images."""
     return _PLACEHOLDER.sub("", text).strip()
 
 
@@ -271,7 +325,7 @@ def _first_turn(row: dict[str, Any]) -> str:
     first = turns[0] if isinstance(turns, list) and turns else None
     if not isinstance(first, dict) or first.get("from") not in ("human", "user"):
         raise InputError("conversations must begin with a turn of the human")
-    return _text(first, "value")
+    return text_of(first, "value")
 
 
 def _user_text(row: dict[str, Any]) -> str:
@@ -281,8 +335,8 @@ def _user_text(row: dict[str, Any]) -> str:
         raise InputError(f"prompt must hold one message of the user, got {len(users)}")
     content = users[0].get("content")
     if isinstance(content, list):
-        return "\n".join(_text(part, "text") for part in content if isinstance(part, dict) and part.get("text"))
-    return _text(users[0], "content")
+        return "\n".join(text_of(part, "text") for part in content if isinstance(part, dict) and part.get("text"))
+    return text_of(users[0], "content")
 
 
 def _target_boxes(row: dict[str, Any]) -> list[Any]:
@@ -317,6 +371,18 @@ def parse_boxes(value: Any) -> list[tuple[float, float, float, float]]:
     else:
         boxes = [value]
     return [_four_numbers(box) for box in boxes]
+
+
+def parse_region(value: Any, box_format: BoxFormat) -> Box | None:
+    """Give the smallest box that contains the boxes of a field, as xyxy; None for none.
+
+    Raises:
+        InputError: as `parse_boxes` and `enclose`.
+    """
+    try:
+        return enclose(parse_boxes(value), box_format)
+    except RecursionError as error:
+        raise InputError("region must be four numbers, such as [x1, y1, x2, y2], got lists in lists") from error
 
 
 def _four_numbers(box: Any) -> tuple[float, float, float, float]:

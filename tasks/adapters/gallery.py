@@ -1,56 +1,51 @@
-"""A few prompts of a round as a person can judge them: pictures, boxes, responses, scores and weights."""
+"""A few prompts of a run as a person can judge them: pictures, boxes, responses token by token, scores, weights."""
 
-import base64
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from tasks.adapters.dataset import Dataset, by_id, open_png
+from tasks.adapters.pictures import Picture, Rectangle, full_picture, picture, rectangle
+from tasks.adapters.run_job import RoundRefs
 from tasks.adapters.store import Store
 from tasks.adapters.tables import read_rows
 from tasks.adapters.training_data import REPLAYS, ROLLOUTS, WEIGHTS
 from tasks.artifacts import ArtifactRef, Sample, Weight
 from vzero_core.config import Gate, GateConfig, PrefixTrustConfig, View
 
-_MAX_SIDE = 560
-"""Pixels; larger pictures are shown smaller, since the page carries them."""
+CARDS = 2
+"""Prompts of each kind: best, worst, most changed."""
 _MAX_CROP_SIDE = 280
-_PIXELATED_BELOW = 240
-"""Pixels; a picture whose sides are shorter is enlarged as it is, so that a reader sees what the model sees."""
-_MAX_PNG_BYTES = 60_000
-"""Larger than this is a photograph, which JPEG holds in a tenth of the room."""
 _MAX_TEXT = 10_000
 """Characters of a response that are shown; more than responses of the usual length have."""
+_MAX_TOKENS = 400
+"""Tokens of a response that are shaded; each takes some forty bytes of the page."""
+_EARLY_ROUNDS = 8
+"""Rounds that are searched for prompts of the last one; their replays are read whole."""
+MAX_LEVEL = 4
+"""Shades to either side."""
+GAP_STEP, LOGPROB_STEP = 0.5, 1.0
+"""Nats a shade."""
+_GAP_VIEWS: tuple[View, View] = ("positive", "negative")
+
+_Group = dict[str, list["Response"]]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image inside the page."""
+class Token:
+    """A token and what the teacher says of it, nats."""
 
-    uri: str
-    width: int
-    height: int
-
-    @property
-    def pixelated(self) -> bool:
-        """Whether its pixels are to be seen one by one."""
-        return max(self.width, self.height) < _PIXELATED_BELOW
-
-
-@dataclass(frozen=True)
-class Rectangle:
-    """A box in percent of the picture it is drawn on."""
-
-    x: float
-    y: float
-    width: float
-    height: float
+    text: str
+    value: float
+    level: int
+    """From -MAX_LEVEL to MAX_LEVEL; 0 is not shaded."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +53,41 @@ class Response:
     """One response and what teacher and gate say of it; None where the run did not ask."""
 
     index: int
-    text: str
-    num_left_out: int
-    num_tokens: int
+    whole_text: str
+    token_texts: Sequence[str]
+    """Empty where the artefact has none."""
+    token_values: Sequence[float]
+    step: float
+    """Nats a shade."""
     truncated: bool
     logprobs: dict[View, float | None]
     evidence_score: float | None
     weight: float
     """Mean over tokens where each has its own."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length."""
+        return len(self.token_values)
+
+    @property
+    def text(self) -> str:
+        """What is shown where tokens have no texts."""
+        return self.whole_text[:_MAX_TEXT]
+
+    @property
+    def tokens(self) -> list[Token]:
+        """What is shown, each token with its shade."""
+        texts = list(spaced(self.whole_text, self.token_texts[:_MAX_TOKENS]))
+        shown = zip(texts, self.token_values, strict=False)
+        return [Token(text, value, level_of(value, self.step)) for text, value in shown]
+
+    @property
+    def left_out(self) -> str:
+        """Say how much is not shown."""
+        if self.token_texts:
+            return f"{count:,} more tokens" if (count := self.num_tokens - _MAX_TOKENS) > 0 else ""
+        return f"{count:,} more characters" if (count := len(self.whole_text) - _MAX_TEXT) > 0 else ""
 
     @property
     def known_scores(self) -> list[float]:
@@ -74,19 +96,12 @@ class Response:
 
 
 @dataclass(frozen=True)
-class PromptCard:
-    """One prompt with all of its responses, the heaviest first."""
+class RoundResponses:
+    """Responses to a prompt in one round, the heaviest first."""
 
     round: int
-    sample_id: str
-    question: str
-    spread: float
-    full: Picture
-    positive: Picture
-    negative: Picture
-    region: Rectangle | None
-    positive_box: Rectangle | None
-    negative_box: Rectangle | None
+    mean: float
+    """Of what prompts are chosen by (`measure_of`)."""
     responses: tuple[Response, ...]
 
     @property
@@ -95,63 +110,168 @@ class PromptCard:
         return [view for view in get_args(View) if any(row.logprobs[view] is not None for row in self.responses)]
 
 
-def spread_of(gate: Gate) -> str:
+@dataclass(frozen=True)
+class PromptCard:
+    """One prompt with all of its responses, in one round or in two."""
+
+    sample_id: str
+    question: str
+    full: Picture | None
+    positive: Picture
+    negative: Picture
+    region: Rectangle | None
+    positive_box: Rectangle | None
+    negative_box: Rectangle | None
+    rounds: tuple[RoundResponses, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Prompts under a heading."""
+
+    title: str
+    note: str
+    cards: tuple[PromptCard, ...]
+
+
+def measure_of(gate: Gate) -> str:
     """Say what prompts are chosen by."""
     if isinstance(gate, GateConfig):
-        return "their evidence score, nats per token"
-    return (
-        "their mean token weight"
-        if isinstance(gate, PrefixTrustConfig)
-        else "the teacher's mean log-prob, nats per token"
-    )
+        return "evidence score, nats per token"
+    return "token weight" if isinstance(gate, PrefixTrustConfig) else "log-prob by the teacher, nats per token"
 
 
 def choose_prompts(
-    store: Store,
-    dataset: Dataset,
-    *,
-    round_number: int,
-    views: ArtifactRef,
-    rollouts: Sequence[ArtifactRef],
-    replays: Sequence[ArtifactRef],
-    weights: ArtifactRef,
-    gate: Gate,
-    count: int,
-) -> list[PromptCard]:
-    """Give the prompts of a round whose responses differ most in what the gate goes by (`spread_of`)."""
-    weighed = {(row.sample_id, row.index): row for row in read_rows(store.read(weights, WEIGHTS), Weight)}
+    store: Store, dataset: Dataset, rounds: Sequence[RoundRefs], *, views: ArtifactRef, gate: Gate
+) -> list[Gallery]:
+    """Give the best and the worst prompts of the last round, and those that changed most since they were met first.
+
+    Where no prompt of the last round was met early, those are given whose responses differ most, early and late.
+    """
+    samples = by_id(dataset.samples(views))
+    last, latest = rounds[-1], _read_round(store, rounds[-1])
+    # Below one pass over the data no prompt comes twice.
+    recur = len(rounds) * len(latest) > len(samples)
+    # Of early rounds, those prompts alone are read that came again: whole rounds would fill memory.
+    only = set(latest) if recur else None
+    early = {done.round: _read_round(store, done, only) for done in rounds[:-1][: _EARLY_ROUNDS if recur else 1]}
+    met: dict[str, int] = {}
+    for number, group in early.items():
+        for name in group.keys() & latest.keys():
+            met.setdefault(name, number)
+
+    def mean(responses: Sequence[Response]) -> float:
+        return statistics.fmean(_measure(row, gate) for row in responses)
+
+    def spread(responses: Sequence[Response]) -> float:
+        return statistics.pstdev(_measure(row, gate) for row in responses)
+
+    def card(name: str, *numbers: int) -> PromptCard:
+        found = {**early, last.round: latest}
+        responses = tuple(
+            RoundResponses(number, mean(found[number][name]), tuple(sorted(found[number][name], key=_order)))
+            for number in numbers
+        )
+        return _card(dataset, views, *samples[name], rounds=responses)
+
+    shown: set[str] = set()
+
+    def pick(names: Iterable[str], key: Callable[[str], float], count: int = CARDS) -> list[str]:
+        left = sorted(set(names) - shown, key=lambda name: (-key(name), name))[:count]
+        shown.update(left)
+        return left
+
+    measure = measure_of(gate)
+    best = [card(name, last.round) for name in pick(latest, lambda name: mean(latest[name]))]
+    worst = [card(name, last.round) for name in pick(latest, lambda name: -mean(latest[name]))]
+    groups = [
+        Gallery("Best", f"Of the last round, the prompts with the highest mean {measure}.", tuple(best)),
+        Gallery("Worst", f"Of the last round, those with the lowest mean {measure}.", tuple(worst)),
+    ]
+    if met:
+        changed = pick(met, lambda name: abs(mean(latest[name]) - mean(early[met[name]][name])))
+        note = f"The same prompt early and late, by how much it changed in mean {measure}."
+        groups.append(Gallery("Most changed", note, tuple(card(name, met[name], last.round) for name in changed)))
+    else:
+        rest = {last.round: latest} if recur else {**early, last.round: latest}
+        apart = []
+        for number, group in rest.items():
+            own = pick(group, lambda name, group=group: spread(group[name]), CARDS // len(rest))  # type: ignore[misc]
+            apart += [card(name, number) for name in own]
+        note = f"No prompt of the last round came in the first ones; by how much responses differ in {measure}."
+        groups.append(Gallery("Most different responses", note, tuple(apart)))
+    return [group for group in groups if group.cards]
+
+
+def _read_round(store: Store, done: RoundRefs, only: set[str] | None = None) -> _Group:
+    """Read the responses of a round by prompt, or of some prompts only."""
+    weighed = {(row.sample_id, row.index): row for row in read_rows(store.read(done.gate, WEIGHTS), Weight)}
     names = ["sample_id", "index", *(f"logprobs_{view}" for view in get_args(View))]
-    replayed = {(row["sample_id"], row["index"]): row for row in _columns(store, replays, REPLAYS, names)}
-    groups: dict[str, list[Response]] = defaultdict(list)
-    for row in _columns(store, rollouts, ROLLOUTS, ["sample_id", "index", "text", "truncated"]):
+    replayed = {(row["sample_id"], row["index"]): row for row in _columns(store, done.replays, REPLAYS, names, only)}
+    groups: _Group = defaultdict(list)
+    for row in _columns(store, done.rollouts, ROLLOUTS, ["sample_id", "index", "text", "tokens", "truncated"], only):
         key = row["sample_id"], row["index"]
         groups[row["sample_id"]].append(_response(row, replayed[key], weighed[key]))
-    spreads = {name: statistics.pstdev(_measure(row, gate) for row in group) for name, group in groups.items()}
-    samples = by_id(dataset.samples(views))
-    return [
-        _card(dataset, views, *samples[name], round_number=round_number, spread=spreads[name], responses=groups[name])
-        for name in sorted(spreads, key=lambda name: (-spreads[name], name))[:count]
-    ]
+    return groups
 
 
-def _columns(store: Store, refs: Iterable[ArtifactRef], file: str, names: list[str]) -> list[dict[str, Any]]:
-    # Column by column: the top-k lists beside them are a hundred times their size.
-    return [row for ref in refs for row in pq.read_table(io.BytesIO(store.read(ref, file)), columns=names).to_pylist()]
+def _columns(
+    store: Store, refs: Iterable[ArtifactRef], file: str, names: list[str], only: set[str] | None
+) -> Iterator[dict[str, Any]]:
+    for ref in refs:
+        # Column by column: the top-k lists beside them are a hundred times their size.
+        table = pq.ParquetFile(io.BytesIO(store.read(ref, file))).read(names, use_threads=False)
+        if only is not None:
+            table = table.filter(pc.is_in(table["sample_id"], pa.array(sorted(only))))
+        yield from table.to_pylist()
 
 
 def _response(row: dict[str, Any], replay: dict[str, Any], weight: Weight) -> Response:
-    logprobs = {view: _mean(replay[f"logprobs_{view}"]) for view in get_args(View)}
-    tokens = next(values for view in get_args(View) if (values := replay[f"logprobs_{view}"]) is not None)
+    values, step = token_values(replay)
     return Response(
         index=row["index"],
-        text=row["text"][:_MAX_TEXT],
-        num_left_out=max(0, len(row["text"]) - _MAX_TEXT),
-        num_tokens=len(tokens),
+        whole_text=row["text"],
+        # Rows that an earlier version wrote have no texts of tokens.
+        token_texts=row.get("tokens") or [],
+        token_values=values,
+        step=step,
         truncated=row["truncated"],
-        logprobs=logprobs,
+        logprobs={view: _mean(replay[f"logprobs_{view}"]) for view in get_args(View)},
         evidence_score=weight.evidence_score,
         weight=_mean(weight.weights) or 0.0,
     )
+
+
+def token_values(replay: dict[str, Any]) -> tuple[list[float], float]:
+    """Give what tokens are shaded by, and the nats a shade.
+
+    Both crops replayed: d_k = log p(token | relevant crop) - log p(token | irrelevant crop); else the log-prob under
+    the one view there is.
+    """
+    positive, negative = (replay[f"logprobs_{view}"] for view in _GAP_VIEWS)
+    if positive is not None and negative is not None:
+        return [first - second for first, second in zip(positive, negative, strict=True)], GAP_STEP
+    return next(values for view in get_args(View) if (values := replay[f"logprobs_{view}"]) is not None), LOGPROB_STEP
+
+
+def spaced(text: str, tokens: Iterable[str]) -> Iterator[str]:
+    """Give tokens with the white space that stands before them in the text: some tokenizers' tokens have none."""
+    position = 0
+    for token in tokens:
+        start = position
+        while text[start : start + 1].isspace() and not text.startswith(token, start):
+            start += 1
+        # Special tokens are not in the text, and parts of a letter are not either.
+        if token and text.startswith(token, start):
+            yield text[position:start] + token
+            position = start + len(token)
+        else:
+            yield token
+
+
+def level_of(value: float, step: float) -> int:
+    """Give the shade of a value."""
+    return max(-MAX_LEVEL, min(MAX_LEVEL, round(value / step)))
 
 
 def _mean(values: Sequence[float] | None) -> float | None:
@@ -165,56 +285,22 @@ def _measure(row: Response, gate: Gate) -> float:
     return known[0] if known else 0.0
 
 
+def _order(row: Response) -> tuple[float, float, int]:
+    return -row.weight, -row.known_scores[0] if row.known_scores else 0.0, row.index
+
+
 def _card(
-    dataset: Dataset,
-    views: ArtifactRef,
-    position: int,
-    sample: Sample,
-    *,
-    round_number: int,
-    spread: float,
-    responses: list[Response],
+    dataset: Dataset, views: ArtifactRef, position: int, sample: Sample, *, rounds: tuple[RoundResponses, ...]
 ) -> PromptCard:
     crops = dataset.views(views, sample.id, position)
-
-    def order(row: Response) -> tuple[float, float, int]:
-        return -row.weight, -row.known_scores[0] if row.known_scores else 0.0, row.index
-
     return PromptCard(
-        round=round_number,
         sample_id=sample.id,
         question=sample.question,
-        spread=spread,
-        full=_picture(dataset.image(sample), _MAX_SIDE),
-        positive=_picture(open_png(crops.positive_png), _MAX_CROP_SIDE),
-        negative=_picture(open_png(crops.negative_png), _MAX_CROP_SIDE),
-        region=_rectangle(sample.region, (sample.image.width, sample.image.height)),
-        positive_box=_rectangle(crops.positive_box, crops.positive_frame),
-        negative_box=_rectangle(crops.negative_box, crops.negative_frame),
-        responses=tuple(sorted(responses, key=order)),
+        full=full_picture(dataset, sample),
+        positive=picture(open_png(crops.positive_png), _MAX_CROP_SIDE),
+        negative=picture(open_png(crops.negative_png), _MAX_CROP_SIDE),
+        region=rectangle(sample.region, (sample.image.width, sample.image.height)),
+        positive_box=rectangle(crops.positive_box, crops.positive_frame),
+        negative_box=rectangle(crops.negative_box, crops.negative_frame),
+        rounds=rounds,
     )
-
-
-def _rectangle(box: Sequence[float] | None, frame: Sequence[int]) -> Rectangle | None:
-    """Give a box in percent of its frame: frames differ in size, but all show the same field of view."""
-    if box is None:
-        return None
-    (x1, y1, x2, y2), (width, height) = box, frame
-    percent = (100 * x1 / width, 100 * y1 / height, 100 * (x2 - x1) / width, 100 * (y2 - y1) / height)
-    return Rectangle(*(round(value, 3) for value in percent))
-
-
-def _picture(image: Image.Image, max_side: int) -> Picture:
-    if max(image.size) > max_side:
-        image = image.copy()
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    content, kind = _encode(image, "PNG", optimize=True), "png"
-    if len(content) > _MAX_PNG_BYTES:
-        content, kind = _encode(image, "JPEG", quality=85), "jpeg"
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)
-
-
-def _encode(image: Image.Image, format_: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=format_, **options)
-    return buffer.getvalue()

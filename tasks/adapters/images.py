@@ -1,5 +1,8 @@
 """Images where they lie: opened within limits, turned as EXIF says, and checked against what was validated."""
 
+import base64
+import binascii
+import csv
 import errno
 import hashlib
 import io
@@ -10,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import aiohttp
@@ -21,9 +24,10 @@ import pyarrow.parquet as pq
 from botocore.exceptions import ParamValidationError  # type: ignore[import-untyped]
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from tasks.adapters.files import filesystem, open_file, read_bytes, stat
+from tasks.adapters.files import filesystem, open_file, read_bytes, read_ranges, stat
 from tasks.adapters.formats import printable, shown
 from tasks.artifacts import ImageRef
+from tasks.config import URL_SCHEMES
 from vzero_core.errors import InputError, VZeroError
 
 # Named, because Pillow knows many more, some of which start other programs (EPS: Ghostscript). JPEG includes MPO.
@@ -44,8 +48,11 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _EMBEDDED = re.compile(r"(?P<file>.+)#row=(?P<row>\d{1,12})&column=(?P<column>[^&]+)&index=(?P<index>\d{1,12})")
-_SCHEMES = ("file", "s3", "lakefs", "http", "https", "memory")
-"""Of URLs of images; fsspec knows many more, some of which need packages of their own or run other programs."""
+_IN_TSV = re.compile(r"(?P<file>.+)#bytes=(?P<start>\d{1,15})-(?P<end>\d{1,15})&column=(?P<column>\d{1,4})")
+MAX_TSV_ROW = 1 << 28
+"""Bytes of one row of a TSV file; beyond, a quote is taken for not closed, so that the file is not read whole."""
+# Of the whole process: one cell may fill a row, and an image of 8K in base64 has some megabytes.
+csv.field_size_limit(MAX_TSV_ROW)
 _MAX_STREAMS = 4
 """Columns that are read at the same time: an image, its detail, both crops."""
 _KEPT_BYTES = 1 << 26
@@ -84,7 +91,7 @@ class ImageReader:
         """Describe an image.
 
         Args:
-            uri: path, URL, or `embedded_uri`.
+            uri: path, URL, `embedded_uri` or `tsv_uri`.
             decode: decode and hash it whole; else read its header, size and ETag only. Read whole in either case are
                 embedded images, because Parquet cannot give a part of a value, and those on the web, where not every
                 server tells a size and an ETag.
@@ -93,7 +100,7 @@ class ImageReader:
             InputError: it is missing, empty, too large, of a kind that is not handled, or damaged, or its web server
                 does not give it.
         """
-        url, embedded = self.locate(uri), _EMBEDDED.fullmatch(uri) is not None
+        url, embedded = self.locate(uri), _embedded(uri) is not None
         on_web = not embedded and url.startswith(("http://", "https://"))
         if not decode and not embedded and not on_web:
             width, height = self._header_size(uri, url)
@@ -137,7 +144,7 @@ class ImageReader:
 
     def stamp(self, uri: str) -> list[str | int]:
         """Give what changes when an image, or the file it is embedded in, changes; empty where there is none."""
-        embedded = _EMBEDDED.fullmatch(uri)
+        embedded = _embedded(uri)
         try:
             with self._found(uri):
                 found = stat(self.locate(embedded["file"] if embedded else uri))
@@ -159,10 +166,10 @@ class ImageReader:
             or "\0" in uri
             or "::" in uri
             or uri.startswith("data:")
-            or (is_url and scheme not in _SCHEMES)
+            or (is_url and scheme not in URL_SCHEMES)
         ):
             raise InputError(
-                f"image must be a path or one of {', '.join(_SCHEMES)} URLs, got '{shown(uri)}'; write it to a file"
+                f"image must be a path or one of {', '.join(URL_SCHEMES)} URLs, got '{shown(uri)}'; write it to a file"
             )
         if is_url or uri.startswith("/"):
             return uri
@@ -175,11 +182,13 @@ class ImageReader:
         return url
 
     def _fetch(self, uri: str) -> bytes:
-        embedded = _EMBEDDED.fullmatch(uri)
+        embedded = _embedded(uri)
         url = self.locate(embedded["file"] if embedded else uri)
         with self._found(uri):
             if embedded is None:
                 content = read_bytes(url)
+            elif embedded.re is _IN_TSV:
+                content = _read_cell(url, int(embedded["start"]), int(embedded["end"]), int(embedded["column"]))
             else:
                 content = self._columns.read(url, embedded["column"], int(embedded["row"]), int(embedded["index"]))
         return _not_empty(uri, content)
@@ -261,6 +270,10 @@ class ImageReader:
             raise InputError(f"image {shown(uri)} must have a bucket and a path that S3 allows; correct it") from error
 
 
+def _embedded(uri: str) -> re.Match[str] | None:
+    return _EMBEDDED.fullmatch(uri) or _IN_TSV.fullmatch(uri)
+
+
 def stays_inside(path: str, folder: str) -> bool:
     """Say whether a local path is inside a folder once links are followed; a URL has none."""
     if "://" in folder:
@@ -304,6 +317,68 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def from_base64(text: str, what: str) -> bytes:
+    """Decode base64, with or without line breaks in it.
+
+    Args:
+        text: what is decoded.
+        what: what it is, for messages.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"{what} must be an image in base64, but: {error}; is the file whole?") from error
+
+
+# --- images embedded in TSV ---------------------------------------------------------------------------------------
+
+
+def tsv_uri(file: str, start: int, end: int, column: int) -> str:
+    """Name an image that is a cell of a TSV file, in base64.
+
+    Args:
+        file: the TSV file, as other images are named.
+        start: the first byte of its row.
+        end: the byte after the row's last.
+        column: its column, from 0.
+    """
+    return f"{file}#bytes={start}-{end}&column={column}"
+
+
+def next_tsv_row(lines: Iterator[str]) -> list[str] | None:
+    """Give the cells of the next row, of as many lines as it has; none for a blank line, None at the end.
+
+    Raises:
+        csv.Error: it is no row of a TSV file.
+    """
+    line = next(lines, None)
+    if line is None:
+        return None
+    text = line.removesuffix("\n").removesuffix("\r")
+    if '"' not in text and "\r" not in text:
+        # The same as csv gives, which needs up to eight times the memory of a cell.
+        return text.split("\t") if text else []
+    return next(csv.reader(chain([line], lines), delimiter="\t"), [])
+
+
+def _read_cell(url: str, start: int, end: int, column: int) -> bytes:
+    what = f"cell {column} of bytes {start} to {end} of {printable(url)}"
+    if not start < end <= start + MAX_TSV_ROW:
+        raise InputError(f"{what} must be in a row of at most {MAX_TSV_ROW} bytes, got {end - start}")
+    fs, path = filesystem(url)
+    [row] = read_ranges(fs, [(path, start, end)], url)
+    try:
+        cells = next_tsv_row(line.decode("utf-8", "surrogateescape") for line in io.BytesIO(row)) or []
+    except csv.Error as error:
+        raise InputError(f"{what} must be in a row of a TSV file, but: {error}") from error
+    if column >= len(cells):
+        raise InputError(f"{what} must be in a row with as many cells, got {len(cells)}")
+    return from_base64(cells[column], what)
+
+
 # --- images embedded in Parquet -----------------------------------------------------------------------------------
 
 
@@ -313,7 +388,7 @@ def embedded_uri(file: str, row: int, column: str, index: int) -> str:
     Args:
         file: the Parquet file, as other images are named.
         row: its row, from 0.
-        column: its column: bytes, a struct with the field `bytes`, or a list of either.
+        column: its column: bytes, base64 as text, a struct with the field `bytes`, or a list of one of them.
         index: its place in the list, from 0.
     """
     return f"{file}#row={row}&column={column}&index={index}"
@@ -367,6 +442,8 @@ class _EmbeddedColumns:
             raise InputError(
                 f"row {row} of {printable(url)} must hold image {index} in column {shown(column)}, got none"
             )
+        if isinstance(content, str):
+            return from_base64(content, f"row {row} of {printable(url)}, column {shown(column)}")
         return content
 
 
@@ -382,13 +459,13 @@ class _RowGroup:
             raise InputError(f"{printable(url)} must have a row {row}, got {sum(sizes)} rows")
         self._next, self._end = ends[group] - sizes[group], ends[group]
         self._values = _column_contents(url, group, column)
-        self._kept: dict[int, list[bytes | None]] = {}
+        self._kept: dict[int, list[bytes | str | None]] = {}
         self._kept_bytes = 0
 
     def can_give(self, row: int) -> bool:
         return row in self._kept or self._next <= row < self._end
 
-    def contents(self, row: int) -> list[bytes | None]:
+    def contents(self, row: int) -> list[bytes | str | None]:
         while self._next <= row:
             self._kept[self._next] = next(self._values)
             self._kept_bytes += _num_bytes(self._kept[self._next])
@@ -398,11 +475,11 @@ class _RowGroup:
         return self._kept[row]
 
 
-def _num_bytes(contents: list[bytes | None]) -> int:
+def _num_bytes(contents: list[bytes | str | None]) -> int:
     return sum(len(content) for content in contents if content is not None)
 
 
-def _column_contents(url: str, group: int, column: str) -> Iterator[list[bytes | None]]:
+def _column_contents(url: str, group: int, column: str) -> Iterator[list[bytes | str | None]]:
     """Give the images of each row of a row group, one row in memory at a time."""
     with open_parquet(url) as parquet:
         for batch in parquet.iter_batches(batch_size=1, row_groups=[group], columns=[column], use_threads=False):
@@ -410,7 +487,7 @@ def _column_contents(url: str, group: int, column: str) -> Iterator[list[bytes |
                 raise InputError(f"{printable(url)} must have a column {shown(column)}, got none")
             value = batch.column(0)[0].as_py()
             items = [item.get("bytes") if isinstance(item, dict) else item for item in _as_list(value)]
-            yield [item if isinstance(item, bytes) else None for item in items]
+            yield [item if isinstance(item, bytes | str) else None for item in items]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,34 +1,33 @@
 """Rows of a dataset, one at a time. Only the fields that its format names enter: an answer is dropped at this door."""
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from tasks.adapters.formats import (
     FORMATS,
-    BoxFormat,
     BoxUnit,
+    Fields,
     Format,
-    enclose,
-    own,
-    parse_boxes,
+    id_of,
+    json_object,
+    parse_region,
     printable,
+    require_unicode,
     shown,
     to_pixels,
 )
 from tasks.adapters.images import ImageReader
-from tasks.adapters.row_files import count_of, files_of, is_folder, lines_of, opened, rows_of, suffix_of
-from tasks.artifacts import KEY_LENGTH, BadRow, EvaluationSample, ImageRef, ImportedRow, digest_json
+from tasks.adapters.row_files import count_of, files_of, is_folder, opened, rows_of, suffix_of
+from tasks.artifacts import KEY_LENGTH, BadRow, ImageRef, ImportedRow, digest_json
 from tasks.config import FileData, SmallWorldData
-from tasks.ports import Advance
 from tasks.small_world.dataset import write_dataset
 from vzero_core.errors import InputError
-from vzero_core.views import Box, clip_box
+from vzero_core.views import Box
 
 NUM_NAMED = 5
 """Bad rows that a message names; all of them stand in the quarantine table."""
@@ -114,7 +113,7 @@ def read_source(source: FileData) -> Iterator[SourceRow | BadRow]:
                 yield _source_row(value, form, source, before + number, f"{name.stem}:{number}")
             except InputError as error:
                 where = f"{name.name} row {number}: " if len(files) > 1 else ""
-                yield BadRow(row=before + number, id=_id_of(value), reason=f"{where}{error}")
+                yield BadRow(row=before + number, id=id_of(value, "id"), reason=f"{where}{error}")
         before += number
     if before == 0:
         raise InputError(f"data must have rows, but {source.path} is empty; write one row a sample")
@@ -182,20 +181,39 @@ def source_digest(source: FileData, images: ImageReader) -> str:
     state = hashlib.sha256()
     for url in files_of(source):
         if suffix_of(url, FORMATS[source.kind]) != ".parquet":
-            with opened(url) as file:
-                while chunk := file.read(_CHUNK):
-                    state.update(chunk)
+            for chunk in content_of(url):
+                state.update(chunk)
+    for part in stamped(read_source(source), images):
+        state.update(part)
+    return state.hexdigest()[:KEY_LENGTH]
+
+
+class NamesImages(Protocol):
+    """A row that was read."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Every image that it names."""
+
+
+def content_of(url: str) -> Iterator[bytes]:
+    """Give a text file in parts."""
+    with opened(url) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def stamped(rows: Iterator[NamesImages | BadRow], images: ImageReader) -> Iterator[bytes]:
+    """Give what a digest must see of rows: themselves, and size and ETag or date of every file that they name."""
     seen: set[str] = set()
-    rows = read_source(source)
     # Threads, because on S3 each image costs a request.
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         while batch := list(islice(rows, _BATCH_ROWS)):
-            state.update(repr(batch).encode())
-            uris = [uri for row in batch if isinstance(row, SourceRow) for uri in row.images]
+            yield repr(batch).encode()
+            uris = [uri for row in batch if not isinstance(row, BadRow) for uri in row.images]
             files = [file for file in dict.fromkeys(uri.partition("#row=")[0] for uri in uris) if file not in seen]
             seen.update(files)
-            state.update(repr(list(pool.map(images.stamp, files))).encode())
-    return state.hexdigest()[:KEY_LENGTH]
+            yield repr(list(pool.map(images.stamp, files))).encode()
 
 
 def name_bad_rows(bad: Sequence[BadRow]) -> str:
@@ -206,89 +224,15 @@ def name_bad_rows(bad: Sequence[BadRow]) -> str:
     return "\n".join(lines)
 
 
-# --- evaluation data ----------------------------------------------------------------------------------------------
-
-
-def import_evaluation(
-    path: str, images: ImageReader, *, reserved: Sequence[str], advance: Advance
-) -> list[EvaluationSample]:
-    """Read evaluation questions with their answers: JSONL in the project's own format.
-
-    Args:
-        path: the file.
-        images: reads the images; every one is decoded.
-        reserved: texts that no question may hold: the models' special tokens.
-        advance: called after each row.
-
-    Raises:
-        InputError: the file is missing or empty, or a row is bad, which would change the measure.
-    """
-    samples: dict[str, EvaluationSample] = {}
-    bad: list[BadRow] = []
-    for number, value in lines_of(path):
-        try:
-            sample = _evaluation_sample(value, images, reserved)
-            if sample.id in samples:
-                raise InputError("id must be unique, but an earlier row has it too; rename one of them")
-            samples[sample.id] = sample
-        except InputError as error:
-            bad.append(BadRow(row=number, id=_id_of(value), reason=str(error)))
-        advance(1)
-    if not samples and not bad:
-        raise InputError(f"evaluation data must have rows, but the file is empty: {path}")
-    if bad:
-        raise InputError(
-            f"evaluation data: no row may be bad, got {len(bad)} of {len(samples) + len(bad)}; mend or remove them:\n"
-            f"{name_bad_rows(bad)}"
-        )
-    return list(samples.values())
-
-
-def _evaluation_sample(value: Any, images: ImageReader, reserved: Sequence[str]) -> EvaluationSample:
-    row = _object(value)
-    missing = [name for name in ("id", "image", "question", "answer") if row.get(name) is None]
-    if missing:
-        raise InputError(f"row must have id, image, question and answer; {', '.join(missing)} missing")
-    fields = own(row)
-    if not fields.question.strip():
-        raise InputError("question must not be empty")
-    if found := [token for token in reserved if token in fields.question]:
-        raise InputError(
-            f"question must not hold special tokens of the models, got {found[0]!r}; it would change the prompt's "
-            "structure: remove it"
-        )
-    answer = _answer(row["answer"])
-    _require_unicode(str(fields.id), fields.question, answer)
-    image = images.inspect(fields.image, decode=True).ref
-    region = _region(fields.boxes, "xyxy")
-    return EvaluationSample(
-        id=str(fields.id),
-        image=image,
-        question=fields.question,
-        answer=answer,
-        region=clip_box(region, image.width, image.height)[0] if region is not None else None,
-        detail_image=images.inspect(fields.detail_image, decode=True).ref if fields.detail_image is not None else None,
-    )
-
-
-def _answer(value: Any) -> str:
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not finite:
-        raise InputError(f"answer must be a text or a finite number, got {type(value).__name__}; write it as a text")
-    if not str(value).strip():
-        raise InputError("answer must not be empty")
-    return str(value)
-
-
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def _source_row(value: Any, form: Format, source: FileData, number: int, default_id: str) -> SourceRow:
-    row = _object(value)
+def _source_row(value: Any, form: Format[Fields], source: FileData, number: int, default_id: str) -> SourceRow:
+    row = json_object(value)
     fields = form.read({name: row.get(name) for name in form.fields})
     region, problem = None, None
     try:
-        region = _region(fields.boxes, source.box_format or form.box_format)
+        region = parse_region(fields.boxes, source.box_format or form.box_format)
     except InputError as error:
         problem = str(error)
     found = SourceRow(
@@ -307,35 +251,5 @@ def _source_row(value: Any, form: Format, source: FileData, number: int, default
         group=fields.group,
         dropped=tuple(sorted(shown(name) for name in set(row) - set(form.fields))),
     )
-    labels = (found.source, found.license, found.group)
-    _require_unicode(found.id, found.question, *found.images, *(label for label in labels if label is not None))
+    require_unicode(found.id, found.question, *found.images, found.source, found.license, found.group)
     return found
-
-
-def _region(boxes: Any, box_format: BoxFormat) -> Box | None:
-    try:
-        return enclose(parse_boxes(boxes), box_format)
-    except RecursionError as error:
-        raise InputError("region must be four numbers, such as [x1, y1, x2, y2], got lists in lists") from error
-
-
-def _id_of(value: Any) -> str | None:
-    identifier = value.get("id") if isinstance(value, dict) else None
-    return shown(identifier) if isinstance(identifier, str | int | float) else None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if isinstance(value, InputError):
-        raise value
-    if not isinstance(value, dict):
-        raise InputError(f"row must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _require_unicode(*texts: str) -> None:
-    # JSON can spell half a surrogate pair, which no file of ours could hold.
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError("text must be valid Unicode, but half of a surrogate pair is in it") from error

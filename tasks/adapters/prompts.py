@@ -28,6 +28,13 @@ class PromptProcessor:
         self._processor = load_processor(folder)
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
         self._refusals: dict[Size, str | None] = {}
+        self._texts: dict[int, str] = {}
+
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Give the text of each token, as far as it has one of its own."""
+        for token in set(token_ids) - self._texts.keys():
+            self._texts[token] = str(self.tokenizer.decode([token]))
+        return [self._texts[token] for token in token_ids]
 
     def special_tokens(self) -> set[str]:
         """Give the texts that are special tokens; within a question they would change the prompt's structure."""

@@ -1,5 +1,6 @@
-"""Files of rows: JSONL, JSON arrays and Parquet, read a part at a time, wherever they lie."""
+"""Files of rows: JSONL, JSON arrays, Parquet and TSV, read a part at a time, wherever they lie."""
 
+import csv
 import io
 import json
 import os
@@ -10,8 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from tasks.adapters.files import filesystem, open_file, patiently
-from tasks.adapters.formats import FORMATS, Format
-from tasks.adapters.images import embedded_uri, open_parquet, stays_inside
+from tasks.adapters.formats import FORMATS, Format, shown
+from tasks.adapters.images import MAX_TSV_ROW, embedded_uri, next_tsv_row, open_parquet, stays_inside, tsv_uri
 from tasks.config import FileData
 from vzero_core.errors import InputError
 
@@ -52,22 +53,24 @@ def files_of(source: FileData) -> list[str]:
     return [f"{source.path.rstrip('/')}/{name}" for name in names]
 
 
-def suffix_of(url: str, form: Format) -> str:
+def suffix_of(url: str, form: Format[Any]) -> str:
     """Give the suffix that says how a file is read."""
     suffix = PurePosixPath(url).suffix
     return suffix if suffix in (".jsonl", ".json", ".parquet") else form.suffix
 
 
-def rows_of(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]]:
+def rows_of(url: str, form: Format[Any], root: str) -> Iterator[tuple[int, Any]]:
     """Give the rows of a file with their numbers, from 1; an InputError stands for one that cannot be read."""
     suffix = suffix_of(url, form)
     if suffix == ".parquet":
         return _parquet_rows(url, form, root)
+    if suffix == ".tsv":
+        return _tsv_rows(url, form, root)
     return _array_rows(url) if suffix == ".json" else lines_of(url)
 
 
-def count_of(url: str, form: Format) -> int:
-    """Give the number of rows of a file, good or bad."""
+def count_of(url: str, form: Format[Any]) -> int:
+    """Give the number of rows of a file other than TSV, good or bad."""
     if suffix_of(url, form) == ".parquet":
         with _existing(url), open_parquet(url) as parquet:
             return int(parquet.metadata.num_rows)
@@ -150,6 +153,97 @@ def _array_rows(url: str) -> Iterator[tuple[int, Any]]:
             raise InputError(f"{url} must be JSON in UTF-8, but row {number + 1} is not: {error}") from error
 
 
+_LONGEST_REFERENCE = 64
+"""Characters: a shorter `image` of a TSV file is the index of the row whose image is meant, as VLMEvalKit has it."""
+
+
+def _tsv_rows(url: str, form: Format[Any], root: str) -> Iterator[tuple[int, Any]]:
+    """Read a TSV file with a header in the layout of VLMEvalKit, holding one row.
+
+    Images are named, not kept. Rows that refer to the image of a later row come last.
+    """
+    file = _relative(url, root)
+    pictures: dict[str, str] = {}
+    waiting: list[tuple[int, dict[str, Any]]] = []
+    number = 0
+    with opened(url) as binary:
+        lines = _TsvLines(binary, url)
+        header = next_tsv_row(lines) or []
+        if header and not set(header) & set(form.images):
+            raise InputError(
+                f"{url} must be a TSV file whose header names an image column, one of {', '.join(form.images)}, got "
+                f"{shown(header)}"
+            )
+        position = header.index("image") if "image" in header else None
+        while True:
+            start = lines.begin_row()
+            try:
+                cells = next_tsv_row(lines)
+            except csv.Error as error:
+                number += 1
+                yield number, InputError(f"row must be one of a TSV file, but: {error}")
+                continue
+            if cells is None:
+                break
+            if not cells:
+                continue
+            number += 1
+            if len(cells) != len(header):
+                yield number, InputError(f"row must have {len(header)} cells, as the header, got {len(cells)}")
+                continue
+            row = {name: cell for name, cell in zip(header, cells, strict=True) if name in form.fields}
+            if position is None:
+                yield number, row
+            elif len(cells[position]) > _LONGEST_REFERENCE:
+                row["image"] = pictures[row.get("index", "")] = tsv_uri(file, start, lines.end, position)
+                yield number, row
+            else:
+                row["image"] = cells[position].strip()
+                if row["image"] in pictures:
+                    yield number, {**row, "image": pictures[row["image"]]}
+                else:
+                    waiting.append((number, row))
+    for number, row in waiting:
+        if row["image"] in pictures:
+            yield number, {**row, "image": pictures[row["image"]]}
+        else:
+            yield (
+                number,
+                InputError(f"image must be base64, or the index of a row with an image, got '{shown(row['image'])}'"),
+            )
+
+
+class _TsvLines:
+    """Gives the lines of a file as they are asked for, and tells where the last one ended."""
+
+    def __init__(self, file: BinaryIO, url: str) -> None:
+        self._file, self._url = file, url
+        self._start = self.end = 0
+
+    def begin_row(self) -> int:
+        """Say that a row begins here; give its first byte."""
+        self._start = self.end
+        return self._start
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(MAX_TSV_ROW + 1)
+        if not line:
+            raise StopIteration
+        text = line.decode("utf-8", "surrogateescape")
+        if self.end == 0:
+            text = text.removeprefix("\ufeff")
+        self.end += len(line)
+        if self.end - self._start > MAX_TSV_ROW:
+            raise InputError(
+                f"{self._url} must have rows of at most {MAX_TSV_ROW} bytes, but the one at byte {self._start} is "
+                "longer; is a quote not closed?"
+            )
+        return text
+
+
 class _JsonText:
     """Reads JSON marks and values from a text, which is held in part."""
 
@@ -193,7 +287,7 @@ class _JsonText:
             self._buffer, self._position = self._buffer[self._position :] + more, 0
 
 
-def _parquet_rows(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(url: str, form: Format[Any], root: str) -> Iterator[tuple[int, Any]]:
     """Read the columns that the format names; embedded images are named, not read."""
     number = 0
     with _existing(url), open_parquet(url) as parquet:
@@ -203,7 +297,8 @@ def _parquet_rows(url: str, form: Format, root: str) -> Iterator[tuple[int, Any]
             leaf.path.split(".")[0]: index
             for index, leaf in enumerate(leaves)
             if leaf.path.split(".")[0] in form.images
-            and (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "NONE")
+            and leaf.physical_type == "BYTE_ARRAY"
+            and (leaf.logical_type.type == "NONE" or (form.base64 and leaf.path in form.images))
         }
         columns = [
             leaf.path

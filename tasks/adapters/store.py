@@ -237,9 +237,11 @@ class Store:
         with tempfile.TemporaryDirectory(prefix=f"{job.stage}-", dir=self._work_dir) as name:
             folder = Path(name) / "files"
             folder.mkdir()
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             outcome = make(folder)
             outcome.measured["seconds"] = time.perf_counter() - started
+            # Of all threads of this process, whichever artefact they work for.
+            outcome.measured["cpu_seconds"] = time.process_time() - cpu_started
             return self._commit(job, folder, outcome, revive=found is not None)
 
     def _commit(self, job: Job, folder: Path, outcome: Outcome, *, revive: bool) -> ArtifactRef:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from tasks.adapters.forward import Prefix, compute_stem, logits_of, prefill, response_hidden, stem_length
 from tasks.adapters.models import load_model
@@ -94,15 +95,28 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def sample(
-        self, requests: Sequence[SamplingRequest], *, temperature: float, max_new_tokens: int, advance: Advance
+        self,
+        requests: Sequence[SamplingRequest],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        advance: Advance,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        presence_penalty: float = 0.0,
     ) -> list[list[Response]]:
-        """Give, per request, one response per seed; temperature 0 takes the likeliest token.
+        """Give, per request, one response per seed, with the settings that `PolicyEngine.sample` explains.
 
         Each token is drawn by inverting the cumulative distribution at a number that depends on the response's seed
         and the position alone. Special tokens but end-of-turn have probability 0: a sampled image token would
         misalign the images of everything that reads the response. The log-probs are the model's own, as `score`
-        gives them: at temperature 1 and with nothing banned.
+        gives them: at temperature 1, with nothing penalised, left out or banned.
         """
+        warpers = LogitsProcessorList()
+        if top_k > 0:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
         responses: list[list[Response]] = [[] for _ in requests]
         encoded = [self.processor.encode(request.prompt) for request in requests]
         widths = [len(request.seeds) for request in requests]
@@ -112,12 +126,17 @@ class TransformersEngine:
             seeds = [seed for index in batch for seed in requests[index].seeds]
             uniform_BT = torch.from_numpy(_uniform(seeds, max_new_tokens)).to(self._model.device)
             eos = torch.tensor(self._eos_ids, device=self._model.device)
-            logits, tokens, logprobs = logits_of(self._model, prefix.hidden), [], []
+            logits, logprobs = logits_of(self._model, prefix.hidden), []
+            tokens_BT = torch.empty(uniform_BT.shape, dtype=torch.int64, device=self._model.device)
             finished = torch.zeros(len(seeds), dtype=torch.bool, device=self._model.device)
             for step in range(max_new_tokens):
-                chosen = self._choose(logits, uniform_BT[:, step], temperature)
+                allowed = logits.double().index_fill(1, self._banned, -torch.inf)
+                if presence_penalty:
+                    held = tokens_BT[:, :step]
+                    allowed.scatter_(1, held, allowed.gather(1, held) - presence_penalty)
+                chosen = _choose(allowed, uniform_BT[:, step], temperature, warpers)
                 logprobs.append(at_least_float32(logits).log_softmax(-1).gather(1, chosen[:, None])[:, 0])
-                tokens.append(chosen)
+                tokens_BT[:, step] = chosen
                 finished |= torch.isin(chosen, eos)
                 if bool(finished.all()) or step + 1 == max_new_tokens:
                     break
@@ -127,7 +146,7 @@ class TransformersEngine:
                     past_key_values=prefix.cache,
                     use_cache=True,
                 ).logits[:, -1]
-            rows = self._responses(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist())
+            rows = self._responses(tokens_BT[:, : len(logprobs)].tolist(), torch.stack(logprobs, 1).tolist())
             for position, index in enumerate(batch):
                 responses[index] = rows[position * width : (position + 1) * width]
             advance(len(batch))
@@ -182,15 +201,6 @@ class TransformersEngine:
             for row, response in enumerate(responses[part]):
                 size = len(response)
                 yield own[row, :size], values[row, :size], ids[row, :size]
-
-    def _choose(self, logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
-        allowed = logits.double().index_fill(1, self._banned, -torch.inf)
-        if temperature == 0:
-            return allowed.argmax(-1)
-        cumulative = (allowed / temperature).softmax(-1).cumsum(-1)
-        total = cumulative[:, -1]
-        target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
     def _responses(self, tokens: list[list[int]], logprobs: list[list[float]]) -> list[Response]:
         responses = []
@@ -286,6 +296,19 @@ def _read_files(folder: Path, held: dict[str, torch.Tensor]) -> dict[str, torch.
     places = {name: tensor.data_ptr() for name, tensor in held.items()}
     by_place = {places[name]: tensor for name, tensor in found.items() if name in places}
     return found | {name: by_place[place] for name, place in places.items() if place in by_place}
+
+
+def _choose(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, warpers: LogitsProcessorList
+) -> torch.Tensor:
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    # Neither warper looks at the tokens so far.
+    kept = warpers(torch.LongTensor(), logits_BV / temperature)
+    cumulative = kept.softmax(-1).cumsum(-1)
+    total = cumulative[:, -1]
+    target = torch.minimum(uniform_B * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
 def _uniform(seeds: Sequence[int], length: int) -> np.ndarray:

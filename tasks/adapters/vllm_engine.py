@@ -97,22 +97,37 @@ class VLLMEngine:
         self._servers.close()
 
     def sample(
-        self, requests: Sequence[SamplingRequest], *, temperature: float, max_new_tokens: int, advance: Advance
+        self,
+        requests: Sequence[SamplingRequest],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        advance: Advance,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        presence_penalty: float = 0.0,
     ) -> list[list[Response]]:
-        """Give, per request, one response per seed; temperature 0 takes the likeliest token.
+        """Give, per request, one response per seed, with the settings that `PolicyEngine.sample` explains.
 
         A request's responses are sampled together, from its first seed and their number; the same request gives the
         same responses on CPU. Special tokens but end-of-turn are banned. The log-probs are the model's own: at
-        temperature 1 and with nothing banned.
+        temperature 1, with nothing penalised, left out or banned.
 
         Raises:
             ServerError: the servers are lost, or a reply comes from other weights or holds a banned token.
             InputError: a server refuses a prompt, or counts its tokens otherwise than the processor.
         """
+        settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens}
+        if top_p < 1:
+            settings["top_p"] = top_p
+        if top_k > 0:
+            settings["top_k"] = top_k
+        if presence_penalty:
+            settings["presence_penalty"] = presence_penalty
         works = []
         for request in requests:
             asked = self._ask(request.prompt)
-            call = partial(self._sample, asked, request.seeds, temperature, max_new_tokens)
+            call = partial(self._sample, asked, request.seeds, settings)
             works.append(Work(asked.num_tokens + len(request.seeds) * max_new_tokens, call))
             self._require_room(asked.num_tokens + max_new_tokens)
         return self._servers.run(works, advance)
@@ -138,13 +153,12 @@ class VLLMEngine:
     # --- sampling -----------------------------------------------------------------------------------------------
 
     async def _sample(
-        self, asked: _Asked, seeds: Sequence[int], temperature: float, max_new_tokens: int, client: VLLMClient
+        self, asked: _Asked, seeds: Sequence[int], settings: dict[str, Any], client: VLLMClient
     ) -> list[Response]:
         sampling = {
             "n": len(seeds),
             "seed": seeds[0] % _MAX_SEED,
-            "temperature": temperature,
-            "max_tokens": max_new_tokens,
+            **settings,
             "logprobs": 0,
             "stop_token_ids": list(self._eos_ids),
             "logit_bias": {str(token): _BAN for token in sorted(self._banned)},

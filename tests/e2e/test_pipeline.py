@@ -16,6 +16,7 @@ from tasks.artifacts import Manifest
 
 pytestmark = pytest.mark.e2e
 DATA_STAGES = {"import_data", "fingerprints", "validate", "data_docs", "evaluation_data", "view_shard", "views"}
+CANDIDATE = ("rollouts", "replay", "criteria")
 STAGES = {*DATA_STAGES, "model", "check_models", "rollouts", "replay", "gate", "train"}
 
 
@@ -34,15 +35,16 @@ def first(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_it_ends_with_scores_a_model_and_a_report(first: tuple[Path, RunResult]) -> None:
     _, result = first
     labels = [score.label for score in result.scores]
-    assert labels == [
-        "student, before",
-        "teacher, full image",
-        "teacher, with crop",
-        "student, round 2",
-        "student, after 3 rounds",
-    ]
+    last = {
+        2: ["student, after 3 rounds", "student, round 2, chosen"],
+        3: ["student, round 2", "student, after 3 rounds"],
+    }
+    assert labels == ["student, before", "teacher, full image", "teacher, with crop", *last[result.chosen_round]]
+    [change] = result.changes
+    assert change.difference == pytest.approx(result.scores[-1].accuracy - result.scores[0].accuracy)
+    assert change.low <= change.difference <= change.high
     assert all(score.low <= score.accuracy <= score.high and score.num_questions == 40 for score in result.scores)
-    assert {stage.stage for stage in result.stages} == {*STAGES, "evaluate", "report"}
+    assert {stage.stage for stage in result.stages} == {*STAGES, "predict", "evaluate", "criteria", "select", "report"}
     assert (Path(result.checkpoint) / "model.safetensors").is_file()
     assert Path(result.report).read_text().startswith("<!doctype html>")
 
@@ -124,7 +126,10 @@ def test_another_alpha_reuses_the_first_rounds_rollouts_and_replay(
     new = [stage for stage, _ in set(manifests(folder)) - before]
     # Round 1's gate and training are new; from round 2 on the student is another one, and so is all it does.
     assert sorted(new) == sorted(
-        ["gate", "train", "checkpoint"] * 3 + ["rollouts", "replay"] * 2 + ["evaluate"] * 2 + ["report"]
+        ["gate", "train", "checkpoint"] * 3
+        + ["rollouts", "replay"] * 2
+        + [*CANDIDATE, "predict", "evaluate"] * 2
+        + ["select", "report"]
     )
 
 
@@ -134,17 +139,36 @@ def test_more_rounds_extend_the_run(first: tuple[Path, RunResult], prefect_api: 
     longer = vzero(small_config(folder, rounds={"num_rounds": 5}))
     new = [stage for stage, _ in set(manifests(folder)) - before]
     assert sorted(new) == sorted(
-        ["rollouts", "replay", "gate", "train", "checkpoint"] * 2 + ["evaluate"] * 2 + ["report"]
+        ["rollouts", "replay", "gate", "train", "checkpoint"] * 2
+        + [*CANDIDATE, "predict", "evaluate"] * 2
+        + ["select", "report"]
     )
-    assert longer.policy != result.policy
+    assert longer.chosen_round >= result.chosen_round
     # The end of the shorter run stays, whatever is pruned behind the longer one.
     assert (Path(result.checkpoint) / "model.safetensors").is_file()
+
+
+def test_a_state_that_is_no_longer_the_choice_is_made_again_only_where_it_is_chosen(
+    prefect_api: str, tmp_path: Path
+) -> None:
+    config = small_config(tmp_path, rounds={"num_rounds": 4}, selection={"every": 1})
+    assert vzero(config).chosen_round > 1
+    before = manifests(tmp_path)
+    key = next(key for (stage, key), made in before.items() if stage == "train" and made.job["round"] == 1)
+    (state,) = [name for name, made in before.items() if name[0] == "checkpoint" and made.job["train_key"] == key]
+    assert before[state].pruned
+    vzero(config)
+    assert manifests(tmp_path) == before
+    shorter = vzero(config.model_copy(update={"rounds": config.rounds.model_copy(update={"num_rounds": 1})}))
+    assert (Path(shorter.checkpoint) / "model.safetensors").is_file()
+    assert manifests(tmp_path)[state].digest == before[state].digest
 
 
 def test_shards_are_artefacts_of_their_own(prefect_api: str, tmp_path: Path) -> None:
     result = vzero(small_config(tmp_path, rounds={"num_rounds": 1, "num_shards": 2}))
     counts = {stage.stage: stage.num_artifacts for stage in result.stages}
-    assert (counts["rollouts"], counts["replay"], counts["gate"]) == (2, 2, 1)
+    # Two each of the round, and of the two candidates.
+    assert (counts["rollouts"], counts["replay"], counts["gate"], counts["criteria"]) == (4, 4, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,30 @@ def test_greedy_responses_are_those_of_the_engine_in_the_box(student: VLLMEngine
         assert (left.token_ids, left.text, left.truncated) == (right.token_ids, right.text, right.truncated)
 
 
+def test_settings_that_change_probabilities_mean_the_same_to_the_engine_in_the_box(
+    student: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they leave one token: otherwise the two draw differently."""
+    reference = plain(STUDENT)
+    # An answer that may not end repeats itself, unless that is penalised.
+    monkeypatch.setattr(student, "_banned", student._banned | {*student._eos_ids})
+    monkeypatch.setattr(reference, "_banned", torch.tensor(sorted(student._banned)))
+    requests = [SamplingRequest(request.prompt, (0,)) for request in sampling(student, 6)]
+
+    def sampled(
+        engine: VLLMEngine | TransformersEngine, temperature: float, **settings: float
+    ) -> list[tuple[int, ...]]:
+        groups = engine.sample(requests, temperature=temperature, max_new_tokens=8, advance=ignore, **settings)
+        return [response.token_ids for (response,) in groups]
+
+    greedy = sampled(reference, 0.0)
+    for penalty in (2.0, -2.0):
+        expected = sampled(reference, 0.0, presence_penalty=penalty)
+        assert expected != greedy
+        for temperature, settings in ((0.0, {}), (2.0, {"top_k": 1}), (2.0, {"top_p": 1e-3})):
+            assert sampled(student, temperature, presence_penalty=penalty, **settings) == expected
+
+
 def test_banned_tokens_are_never_sampled_and_cut_responses_say_so(
     student: VLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

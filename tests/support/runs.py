@@ -17,6 +17,7 @@ def small_config(folder: Path, **changes: Any) -> RunConfig:
         "sampling": {"num_responses": 4},
         "rounds": {"num_rounds": 3, "prompts_per_round": 8},
         "evaluate": {"every": 2},
+        "selection": {"num_prompts": 8, "num_responses": 2, "every": 2},
         "store": {"url": str(folder / "store")},
         "placement": {"work_dir": str(folder / "work"), "threads": 1},
     }

@@ -1,310 +1,25 @@
-"""The report on a run of two rounds that was never computed: its artefacts are written by hand."""
+"""The report on runs that were never computed: their artefacts are written by hand."""
 
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from PIL import Image
+from support.run_artifacts import HOSTILE, Run
 
+from tasks.adapters.answers import changed_answers
 from tasks.adapters.charts import Chart, Line, draw, drawable, format_value
-from tasks.adapters.dataset import QUARANTINE, SAMPLES, VIEW_SHARDS, Dataset, SampleViews, ViewShard, to_png, views_file
-from tasks.adapters.gallery import PromptCard, choose_prompts
-from tasks.adapters.images import ImageReader
-from tasks.adapters.store import Outcome, Store, write_json
-from tasks.adapters.tables import write_rows
-from tasks.adapters.training_data import REPLAYS, ROLLOUTS, WEIGHTS, CheckpointJob, TrainJob
-from tasks.artifacts import ArtifactRef, BadRow, Job, Prediction, Replay, Role, Rollout, Sample, Weight
-from tasks.build_views import ViewShardJob, ViewsJob
-from tasks.check_models import CheckModelsJob, ModelJob
-from tasks.config import EngineFingerprint, OptimizerConfig, PromptConfig, SamplingConfig
-from tasks.evaluate import PREDICTIONS, EvaluateJob, wilson_interval
-from tasks.evaluation_data import EvaluationDataJob
-from tasks.gate import GateJob
-from tasks.import_data import ImportDataJob
-from tasks.replay import ReplayJob
-from tasks.report import Evaluation, ReportJob, RoundRefs, build_page, change_of, measurements, report
-from tasks.rollouts import RolloutsJob
-from tasks.validate import ValidateJob
-from vzero_core.config import (
-    Gate,
-    GateConfig,
-    NoGateConfig,
-    PolicyGradientLoss,
-    PrefixTrustConfig,
-    ViewConfig,
-    required_views,
-)
-from vzero_core.views import Box
+from tasks.adapters.curves import overlaid, round_figures, selection_charts
+from tasks.adapters.gallery import MAX_LEVEL, Gallery, choose_prompts, level_of, spaced, token_values
+from tasks.adapters.origins import origins
+from tasks.adapters.run_job import selected_round
+from tasks.adapters.scoreboard import Scoreboard, accuracy_charts, scoreboards
+from tasks.adapters.side_by_side import build_comparison, differences
+from tasks.config import VLMEvalKitProtocol
+from vzero_core.config import Gate, GateConfig, NoGateConfig, PrefixTrustConfig, required_views
 
-HOSTILE = "<script>alert(1)</script><img src=https://evil.example/x.png onerror=alert(2)>"
 GATES: list[Gate] = [GateConfig(min_spread=1e-3), PrefixTrustConfig(floor=0.1), NoGateConfig()]
-ENGINE = EngineFingerprint(engine="none", version="0", torch="0", dtype="float32")
-PROMPT = PromptConfig()
-NUM_QUESTIONS = 20
-GATE_SUMMARIES: dict[str, dict[str, Any]] = {
-    "contrastive": {
-        "evidence_score": 0.1,
-        "mean_spread": 0.2,
-        "median_spread": 0.2,
-        "share_below_min_spread": 0.5,
-        "share_at_w_min": 0.25,
-        "share_at_w_max": 0.25,
-        "effective_sample_share": 0.7,
-        "weight_length_correlation": None,
-    },
-    "prefix_trust": {"mean_token_weight": 0.6},
-    "off": {},
-}
-
-
-class Run:
-    """Writes the artefacts of a run."""
-
-    def __init__(self, folder: Path, gate: Gate, num_correct: tuple[int, ...] = (5, 15), num_rounds: int = 2) -> None:
-        self.store = Store(str(folder / "store"), folder / "work")
-        self.gate = gate
-        self.student, self.teacher = self._model("student"), self._model("teacher")
-        self._data(folder)
-        self.dataset = Dataset(self.store, ImageReader(str(folder), 10**6))
-        rounds = []
-        for number in range(1, num_rounds + 1):
-            rounds.append(self._round(number, rounds[-1].train if rounds else self.student))
-        policies = [self.student, rounds[-1].train]
-        questions = self._put(
-            EvaluationDataJob(
-                source="q",
-                models=ArtifactRef(stage="check_models", key="k", digest="d"),
-                max_image_pixels=1,
-                prompt=PROMPT,
-                max_new_tokens=8,
-            ),
-            {},
-            {"num_samples": NUM_QUESTIONS, "num_bad": 0},
-        )
-        evaluations = [
-            Evaluation(label=f"student {number}", ref=self._evaluate(policy, questions, correct, "student"))
-            for number, (policy, correct) in enumerate(zip(policies, num_correct, strict=False))
-        ]
-        if num_correct:
-            ref = self._evaluate(self.teacher, questions, 18, "teacher")
-            evaluations.append(Evaluation(label="teacher <full>", ref=ref))
-        self.job = ReportJob(
-            name="a-run",
-            config={"name": "a-run", "note": HOSTILE},
-            samples=self.samples,
-            views=self.views,
-            rounds=tuple(rounds),
-            evaluations=tuple(evaluations),
-            selected=self._put(
-                CheckpointJob(train_key=rounds[-1].train.key), {}, {"weights": "w" * 32, "num_updates": 4}
-            ),
-        )
-
-    def page(self) -> str:
-        return build_page(self.job, self.store, Dataset(self.store, self.dataset.images))
-
-    def _put(
-        self,
-        job: Job,
-        tables: dict[str, tuple[list[Any], Any]],
-        summary: dict[str, Any],
-        measured: dict[str, float] | None = None,
-        files: dict[str, Any] | None = None,
-    ) -> ArtifactRef:
-        def make(folder: Path) -> Outcome:
-            (folder / "name").write_text(job.key)
-            for name, (rows, record) in tables.items():
-                write_rows(folder / name, rows, record)
-            for name, value in (files or {}).items():
-                write_json(folder / name, value)
-            return Outcome(summary=summary, measured=measured or {})
-
-        return self.store.produce(job, make)
-
-    def _model(self, role: Role) -> ArtifactRef:
-        return self._put(ModelJob(weights=f"{role}-weights", role=role), {}, {"role": role})
-
-    def _data(self, folder: Path) -> None:
-        images = ImageReader(str(folder), 10**6)
-        Image.effect_noise((40, 20), 50).convert("RGB").save(folder / "full.png")
-        samples = [
-            Sample(
-                id=name, image=images.inspect("full.png", decode=True).ref, question=question, region=Box(4, 4, 8, 8)
-            )
-            for name, question in (("plain", "what colour?"), ("hostile", HOSTILE))
-        ]
-        crop = to_png(Image.new("RGB", (8, 8), "red"))
-        views = [
-            SampleViews(
-                sample_id=sample.id,
-                positive_png=crop,
-                negative_png=crop,
-                positive_box=(4, 4, 12, 12),
-                negative_box=(10, 0, 18, 8),
-                positive_frame=(80, 40),
-                negative_frame=(20, 10),
-            )
-            for sample in samples
-        ]
-        bad = [BadRow(row=3, id="broken", reason=f"image must exist {HOSTILE}")]
-        self.samples = self._put(
-            ValidateJob(
-                rows=self._put(ImportDataJob(source="s", images="decode", max_image_pixels=10**6), {}, {}),
-                models=self._put(CheckModelsJob(student=self.teacher, teacher=self.teacher, prompt=PROMPT), {}, {}),
-                compared=(),
-                prompt=PromptConfig(),
-                views=ViewConfig(),
-                region_required=True,
-                max_region_share=1.0,
-                max_hash_distance=4,
-                max_prompt_tokens=None,
-                max_new_tokens=8,
-            ),
-            {SAMPLES: (samples, Sample), QUARANTINE: (bad, BadRow)},
-            {
-                "num_samples": 2,
-                "num_bad": 1,
-                "num_clipped": 1,
-                "dropped_fields": ["answer"],
-                "bad": [],
-                "unchecked": [],
-            },
-        )
-        shards = [
-            self._put(
-                ViewShardJob(samples=self.samples, views=ViewConfig(), seed=0, shard=shard, num_shards=2),
-                {SAMPLES: (samples[shard:][:1], Sample), views_file(0): (views[shard:][:1], SampleViews)},
-                {"num_samples": 1, "num_bad": 0},
-            )
-            for shard in range(2)
-        ]
-        rows = [ViewShard(ref=shard, num_samples=1).model_dump() for shard in shards]
-        self.views = self._put(
-            ViewsJob(shards=tuple(shards), max_bad_share=0.5),
-            {SAMPLES: (samples, Sample), QUARANTINE: ([], BadRow)},
-            {"num_samples": 2, "num_bad": 0},
-            files={VIEW_SHARDS: rows},
-        )
-
-    def _round(self, number: int, policy: ArtifactRef) -> RoundRefs:
-        keys = [(name, index) for name in ("plain", "hostile") for index in range(2)]
-        rollouts = self._put(
-            RolloutsJob(
-                policy=policy,
-                views=self.views,
-                prompt=PROMPT,
-                sampling=SamplingConfig(num_responses=2),
-                engine=ENGINE,
-                seed=0,
-                round=number,
-                prompts_per_round=2,
-                shard=0,
-                num_shards=1,
-            ),
-            {ROLLOUTS: ([_rollout(name, index) for name, index in keys], Rollout)},
-            {"num_responses": 4, "num_tokens": 8, "mean_length": 2.0, "truncated_share": 0.25},
-            {"tokens_per_second": 100.0},
-        )
-        views = required_views(self.gate, "positive")
-        replays = self._put(
-            ReplayJob(
-                teacher=self.teacher,
-                rollouts=rollouts,
-                views=self.views,
-                prompt=PROMPT,
-                replayed=views,
-                target="positive",
-                top_k=0,
-                engine=ENGINE,
-                round=number,
-                shard=0,
-                num_shards=1,
-            ),
-            {REPLAYS: ([_replay(name, index, views) for name, index in keys], Replay)},
-            {"num_tokens": 8, "mean_logprob": {view: -0.5 for view in views}},
-            {"tokens_per_second": 400.0},
-        )
-        gate = self._put(
-            GateJob(replays=(replays,), gate=self.gate, target="positive", round=number),
-            {WEIGHTS: ([_weight(name, index, self.gate) for name, index in keys], Weight)},
-            GATE_SUMMARIES[self.gate.kind],
-        )
-        job = TrainJob(
-            policy=policy,
-            samples=self.views,
-            rollouts=(rollouts,),
-            replays=(replays,),
-            gate=gate,
-            prompt=PROMPT,
-            target="positive",
-            loss=PolicyGradientLoss(),
-            optimizer=OptimizerConfig(),
-            engine=ENGINE,
-            seed=0,
-            round=number,
-        )
-        summary = {"loss": 1 / number, "divergence_k1": 0.5, "divergence_k3": 0.5, "entropy": 0.4, "grad_norm": None}
-        train = self._put(job, {}, {**summary, "num_updates": 2 * number})
-        return RoundRefs(round=number, rollouts=(rollouts,), replays=(replays,), gate=gate, train=train)
-
-    def _evaluate(self, policy: ArtifactRef, data: ArtifactRef, num_correct: int, role: Role) -> ArtifactRef:
-        rows = [
-            Prediction(
-                sample_id=str(number),
-                response="",
-                extracted=None,
-                answer="",
-                correct=number < num_correct,
-                truncated=False,
-            )
-            for number in range(NUM_QUESTIONS)
-        ]
-        low, high = wilson_interval(num_correct, NUM_QUESTIONS)
-        job = EvaluateJob(
-            role=role,
-            policy=policy,
-            data=data,
-            crop=None,
-            prompt=PROMPT,
-            answer_pattern="(.*)",
-            max_new_tokens=1,
-            engine=ENGINE,
-        )
-        accuracy = num_correct / NUM_QUESTIONS
-        figures = {"accuracy": accuracy, "low": low, "high": high, "num_questions": NUM_QUESTIONS}
-        return self._put(job, {PREDICTIONS: (rows, Prediction)}, {**figures, "truncated_share": 0.0})
-
-
-def _rollout(name: str, index: int) -> Rollout:
-    text = HOSTILE if name == "hostile" else f"response {index}"
-    return Rollout(
-        sample_id=name,
-        index=index,
-        policy="p",
-        token_ids=(1, 2),
-        logprobs=(-0.1, -0.2),
-        text=text,
-        truncated=index == 1,
-    )
-
-
-def _replay(name: str, index: int, views: tuple[str, ...]) -> Replay:
-    # The hostile prompt's responses differ more, so that it stands first.
-    spread = 1.0 if name == "hostile" else 0.25
-    logprobs = {f"logprobs_{view}": (-spread * (index + 1), -0.25) for view in views}
-    return Replay(sample_id=name, index=index, max_logprobs=(-0.1, -0.1), **logprobs)
-
-
-def _weight(name: str, index: int, gate: Gate) -> Weight:
-    if gate.kind == "contrastive":
-        score = (0.5 if name == "hostile" else 0.125) * (-1) ** index
-        return Weight(sample_id=name, index=index, evidence_score=score, weights=(2.0 * (1 - index),))
-    if gate.kind == "prefix_trust":
-        return Weight(sample_id=name, index=index, weights=(1.0, 0.5 - index * (0.4 if name == "hostile" else 0.1)))
-    return Weight(sample_id=name, index=index, weights=(1.0,))
+ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;"
 
 
 class Elements(HTMLParser):
@@ -341,14 +56,22 @@ def page(run: Run) -> str:
     return run.page()
 
 
+def words(page: str) -> str:
+    """The page's text, its white space made even."""
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
 def test_stage_writes_the_page_once(run: Run, page: str) -> None:
-    context: Any = SimpleNamespace(store=run.store, dataset=run.dataset)
-    ref = report.fn(run.job, context)
+    ref = run.report()
     assert run.store.read(ref, "report.html").decode() == page
-    assert report.fn(run.job, context) == ref
+    assert run.report() == ref
 
 
 def test_page_loads_and_runs_nothing(page: str) -> None:
+    loads_nothing(page)
+
+
+def loads_nothing(page: str) -> None:
     elements = Elements(page)
     tags = {tag for tag, _ in elements.found}
     assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
@@ -363,11 +86,14 @@ def test_page_loads_and_runs_nothing(page: str) -> None:
     assert "default-src 'none'" in page
 
 
-def test_untrusted_text_is_shown_and_not_markup(page: str) -> None:
+def test_untrusted_text_is_shown_and_not_markup(run: Run, page: str) -> None:
     assert "<script" not in page
     assert "<img src=https" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2 * 3, "question and both responses, two rounds"
+    # The prompt's question; of a held-out one the question, an option and both answers; a category; why a row is bad.
+    assert page.count(ESCAPED) >= 6
     assert "teacher &lt;full&gt;" in page
+    # Each half of a response is a token of its own.
+    assert words(page).count("script&gt;alert(1)&lt;") >= 6
 
 
 def test_page_is_small_and_the_same_every_time(run: Run, page: str) -> None:
@@ -393,42 +119,69 @@ def test_gate_section_says_what_the_gate_is(run: Run, page: str) -> None:
     assert "Weight and response length" not in page
 
 
-def test_headline_and_data_summary(page: str) -> None:
-    assert "answers 75.0% of 20 held-out questions" in " ".join(page.split())
-    assert "The intervals do not overlap" in page
-    assert "by\n50.0 points" in page
+def test_data_summary(page: str) -> None:
     assert "broken" in page, "the row that was set aside"
     assert "<dd>answer</dd>" in page, "the field that was never read"
+    assert "image is in no evaluation data" in page
+    assert "data_docs/" in page
 
 
-def first_cards(run: Run, count: int) -> list[PromptCard]:
-    first = run.job.rounds[0]
-    return choose_prompts(
-        run.store,
-        run.dataset,
-        round_number=1,
-        views=run.views,
-        rollouts=first.rollouts,
-        replays=first.replays,
-        weights=first.gate,
-        gate=run.gate,
-        count=count,
-    )
+def galleries(run: Run) -> dict[str, Gallery]:
+    found = choose_prompts(run.store, run.dataset, run.job.rounds, views=run.views, gate=run.gate)
+    return {gallery.title: gallery for gallery in found}
 
 
-def test_prompts_that_differ_most_come_first(run: Run) -> None:
-    cards = first_cards(run, 2)
-    assert [card.sample_id for card in cards] == ["hostile", "plain"]
-    assert cards[0].spread == pytest.approx({"contrastive": 0.5, "prefix_trust": 0.1, "off": 0.25}[run.gate.kind])
-    assert [row.weight for row in cards[0].responses] == sorted(
-        (row.weight for row in cards[0].responses), reverse=True
-    )
-    assert cards[0].views == list(required_views(run.gate, "positive"))
-    assert cards[0].responses[0].logprobs["positive"] == pytest.approx(-0.625)
+def test_best_and_worst_are_of_the_last_round_and_no_prompt_comes_twice(tmp_path: Path) -> None:
+    # Round 1 asks plain and hostile, round 2 the last two, round 3 plain and hostile again: a mean evidence of 0.125
+    # for plain and of 0.5 times the round for hostile.
+    run = Run(tmp_path, num_rounds=3, names=("plain", "hostile", "third", "fourth"))
+    (card,) = galleries(run)["Best"].cards[:1]
+    assert (card.sample_id, [found.round for found in card.rounds]) == ("hostile", [3])
+    assert card.rounds[0].mean == pytest.approx(1.5)
+    shown = [card.sample_id for gallery in galleries(run).values() for card in gallery.cards]
+    assert sorted(shown) == ["hostile", "plain"]
+
+
+def test_what_changed_most_is_shown_early_and_late(tmp_path: Path) -> None:
+    # Round 1 asks x to even, round 2 c to z, round 3 a to hostile. There hostile is best, all others are even: a is
+    # best too and b and c are worst, by name. Of the two that are left, grown had 0.1 less in round 2.
+    names = ("x", "y", "z", "a", "b", "even", "c", "grown", "hostile")
+    run = Run(tmp_path, num_rounds=3, per_round=6, names=names, num_correct=())
+    found = galleries(run)["Most changed"]
+    assert [card.sample_id for card in found.cards] == ["grown", "even"]
+    rounds = [[(one.round, round(one.mean, 6)) for one in card.rounds] for card in found.cards]
+    assert rounds == [[(2, 0.025), (3, 0.125)], [(1, 0.125), (3, 0.125)]]
+    assert "Round 2 mean +0.025" in words(run.page())
+
+
+def test_responses_stand_by_weight(run: Run) -> None:
+    for gallery in galleries(run).values():
+        for card in gallery.cards:
+            (found,) = card.rounds
+            weights = [row.weight for row in found.responses]
+            assert weights == sorted(weights, reverse=True)
+            assert found.views == list(required_views(run.gate, "positive"))
+            mean = {"hostile": -0.625}.get(card.sample_id, -0.25)
+            assert found.responses[0].logprobs["positive"] == pytest.approx(mean)
+
+
+def test_without_recurring_prompts_those_that_differ_most_are_shown(tmp_path: Path) -> None:
+    # One prompt of two in each of the kinds before leaves the other round's for this one.
+    run = Run(tmp_path, num_rounds=2)
+    found = galleries(run)["Most different responses"]
+    assert [(card.sample_id, card.rounds[0].round) for card in found.cards] == [("hostile", 1)]
+
+
+def test_prompts_that_were_met_too_late_count_as_not_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rounds 3 and 6 ask the last five; of these four are best and worst. Searched are rounds 1 and 2, which ask others.
+    monkeypatch.setattr("tasks.adapters.gallery._EARLY_ROUNDS", 2)
+    run = Run(tmp_path, num_rounds=6, names=tuple("abcdefghijklmno"), per_round=5, num_correct=())
+    (card,) = galleries(run)["Most different responses"].cards
+    assert (card.sample_id, card.rounds[0].round) == ("o", 6)
 
 
 def test_boxes_are_scaled_from_their_own_frames(run: Run) -> None:
-    (card,) = first_cards(run, 1)
+    card = galleries(run)["Best"].cards[0]
     # Image 40 x 20, its detail 80 x 40, the downsampled frame 20 x 10: one field of view.
     assert (card.region.x, card.region.y, card.region.width, card.region.height) == (10, 20, 10, 20)
     assert (card.positive_box.x, card.positive_box.y, card.positive_box.width) == (5, 10, 10)
@@ -436,28 +189,301 @@ def test_boxes_are_scaled_from_their_own_frames(run: Run) -> None:
     assert card.full.pixelated
 
 
-def test_change_counts_questions_and_tests_the_sign(tmp_path: Path) -> None:
-    run = Run(tmp_path, NoGateConfig(), num_correct=(8, 11))
-    measured = measurements(run.job, run.store)
-    assert [found.round for found in measured] == [0, 2, None]
-    change = change_of(measured, run.store)
-    assert change is not None
-    assert (change.num_gained, change.num_lost, change.overlap) == (3, 0, True)
-    assert change.p_value == 2 / 2**3
-    assert "The intervals overlap" in run.page()
+@pytest.mark.parametrize(
+    ("value", "step", "level"),
+    [(0.2, 0.5, 0), (0.3, 0.5, 1), (-0.3, 0.5, -1), (1.9, 0.5, 4), (99.0, 0.5, MAX_LEVEL), (-3.2, 1.0, -3)],
+)
+def test_shades(value: float, step: float, level: int) -> None:
+    assert level_of(value, step) == level
+
+
+def test_tokens_are_shaded_by_the_gap_of_the_views_or_by_the_one_there_is() -> None:
+    both = {"logprobs_positive": [-1.0, -2.0], "logprobs_negative": [-3.0, -1.5], "logprobs_none": None}
+    assert token_values(both)[0] == [2.0, -0.5]
+    alone = {"logprobs_positive": None, "logprobs_negative": None, "logprobs_none": [-3.0, -0.1]}
+    assert token_values(alone)[0] == [-3.0, -0.1]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "shown"),
+    [
+        ("red d1 2", ("red", "d", "1", "2", "<eos>"), ["red", " d", "1", " 2", "<eos>"]),
+        ("a red  dog", ("a", " red", " ", " dog"), ["a", " red", " ", " dog"]),
+        (
+            "caf\N{LATIN SMALL LETTER E WITH ACUTE} x",
+            ("caf", "\ufffd", "\ufffd", " x"),
+            ["caf", "\ufffd", "\ufffd", " x"],
+        ),
+        ("", ("<eos>", ""), ["<eos>", ""]),
+    ],
+)
+def test_tokens_get_the_white_space_of_their_text(text: str, tokens: tuple[str, ...], shown: list[str]) -> None:
+    assert list(spaced(text, tokens)) == shown
+
+
+def test_every_token_is_in_the_page_with_its_own_shade(tmp_path: Path) -> None:
+    # d of the first token: log-probs -0.25 (i + 1) and twice that, so 0.25 (i + 1): a shade and none; of the last: 0.
+    page = Run(tmp_path, names=("plain", "other"), num_rounds=1).page()
+    assert '<i title="+0.25">respo</i><i title="+0.00">nse 0</i>' in page
+    assert '<i class="p1" title="+0.50">respo</i><i title="+0.00">nse 1</i>' in page
+
+
+def test_rollouts_of_an_earlier_version_are_shown_without_shades(tmp_path: Path) -> None:
+    page = Run(tmp_path, tokens=False).page()
+    assert ">response 0</div>" in page
+    assert "<i title" not in page
+
+
+def test_missing_images_are_said_to_be_and_the_page_is_built(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    before = run.page()
+    assert "cannot be read" not in before
+    (tmp_path / "full.png").unlink()
+    page = run.page()
+    # Four prompts; six questions, three that became right and three that became wrong.
+    assert page.count("The image cannot be read") == before.count('alt="full image"') > 4
+    assert page.count('alt="relevant crop"') == before.count('alt="relevant crop"'), "crops lie in the store"
+
+
+def test_a_changed_image_is_not_shown(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    (tmp_path / "full.png").write_bytes((tmp_path / "full.png").read_bytes() + b"x")
+    assert 'alt="full image"' not in run.page()
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def board_of(run: Run) -> Scoreboard:
+    (board,) = scoreboards(run.job, run.store)
+    return board
+
+
+def test_better_is_called_better(tmp_path: Path) -> None:
+    # 10 of 20 became right and none wrong: McNemar's exact p is 2 / 2^10.
+    run = Run(tmp_path, num_correct=(5, 15))
+    after = board_of(run).after
+    assert after is not None
+    assert after.comparison is not None
+    assert (after.comparison.num_gained, after.comparison.num_lost) == (10, 0)
+    assert after.comparison.p_value == pytest.approx(2 / 2**10)
+    text = words(run.page())
+    assert "held-out: 25.0% before, 75.0% after." in text
+    assert "The student got better (+50.0 points" in text
+    assert "10 answers became right and 0 became wrong (exact McNemar test, p&nbsp;= 0.002)" in text
+
+
+def test_chance_is_called_noise(tmp_path: Path) -> None:
+    # 3 became right and none wrong: p = 2 / 2^3.
+    text = words(Run(tmp_path, num_correct=(8, 11)).page())
+    assert "Inside the noise: this does not show that the student changed (+15.0 points" in text
+    assert "p&nbsp;= 0.250" in text
+    assert "got better" not in text
 
 
 def test_worse_is_called_worse(tmp_path: Path) -> None:
-    page = Run(tmp_path, NoGateConfig(), num_correct=(18, 4)).page()
+    page = Run(tmp_path, num_correct=(18, 4)).page()
     assert 'class="verdict worse"' in page
-    assert "student got worse" in " ".join(page.split())
+    assert "The student got worse" in page
+
+
+def test_the_chosen_student_is_the_one_after_and_the_last_stands_beside_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_correct=(5, 15), num_rounds=3, chosen=2)
+    assert selected_round(run.job, run.store) == 2
+    board = board_of(run)
+    assert [row.found.round for row in board.rows] == [0, 2, 3, None]
+    assert [row.found.label for row in board.rows] == ["student 0", "student 2", "student 3", "teacher <full>"]
+    assert board.after is board.rows[1] or board.after == board.rows[1]
+    text = words(run.page())
+    assert "its state after round 2 was chosen" in text
+    assert "held-out: 25.0% before, 75.0% after." in text, "not the last one's 70%"
+    assert "Round 2 has the highest support." in text
+
+
+def test_what_the_student_answers_with_the_crop_is_a_reference(tmp_path: Path) -> None:
+    board = board_of(Run(tmp_path, with_crop=True))
+    assert [found.accuracy for found in board.student] == [0.25, 0.75]
+    assert [row.found.label for row in board.rows] == ["student 0", "student 2", "teacher <full>", "with crop"]
+
+
+def test_without_a_choice_the_last_student_is_the_one_after(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_rounds=3)
+    assert selected_round(run.job, run.store) == 3
+    assert [row.found.round for row in board_of(run).rows] == [0, 3, None]
+    assert "Choosing the checkpoint" not in run.page()
+
+
+def test_other_protocols_are_not_compared(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    other = Run(tmp_path, name="other", protocol=VLMEvalKitProtocol())
+    mixed = run.job.model_copy(update={"evaluations": (run.job.evaluations[0], *other.job.evaluations[1:])})
+    (board,) = scoreboards(mixed, run.store)
+    assert board.after is not None
+    assert board.after.comparison is None
+    assert list(changed_answers(run.store, [board], run.benchmarks)) == []
 
 
 def test_run_without_evaluation_says_so(tmp_path: Path) -> None:
     page = Run(tmp_path, NoGateConfig(), num_correct=(), num_rounds=1).page()
     assert "No accuracy was measured" in page
-    assert ">Accuracy<" not in page
-    assert "trained for 1 round without" in " ".join(page.split())
+    assert ">Accuracy" not in page
+    assert "trained for 1 round without" in words(page)
+
+
+def test_run_measured_once_has_no_after(tmp_path: Path) -> None:
+    page = Run(tmp_path, num_correct=(5,)).page()
+    assert "no before and after" in page
+    assert "Answers before and after" not in page
+
+
+def test_spread_of_seeds_and_failures_of_the_judge_are_said(tmp_path: Path) -> None:
+    text = words(Run(tmp_path, seeds=(1, 2)).page())
+    assert "± 2.0 over 2 seeds" in text
+    assert "each question answered with 2 seeds" in text
+    assert "no verdict of the judge and count as wrong: student 0 1, student 2 1" in text
+    assert "over 1 seeds" not in words(Run(tmp_path, name="one").page())
+
+
+def test_published_figures_are_marked_and_stand_apart(tmp_path: Path) -> None:
+    assert "Published figures" not in Run(tmp_path / "own").page()
+    page = Run(tmp_path / "vstar", kind="vstar").page()
+    assert "Published figures, for reference" in page
+    assert "Nothing of it was measured by this run" in " ".join(page.split())
+    assert "89.0%" in page.split("<aside")[1].split("</aside>")[0]
+    assert "89.0%" not in re.sub(r"<aside.*?</aside>", "", page, flags=re.DOTALL)
+
+
+def test_answers_that_changed_are_shown_with_both(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_correct=(5, 15))
+    (found,) = changed_answers(run.store, scoreboards(run.job, run.store), run.benchmarks)
+    assert (found.num_gained, found.num_lost) == (10, 0)
+    assert [card.sample.id for card in found.gained] == ["q05", "q06", "q07"]
+    card = found.gained[0]
+    assert (card.before.correct, card.after.correct) == (False, True)
+    assert HOSTILE in card.after.text
+    assert card.region is not None
+    assert found.gained[1].region is None, "6 has none"
+    lost = Run(tmp_path / "worse", num_correct=(15, 5))
+    (found,) = changed_answers(lost.store, scoreboards(lost.job, lost.store), {})
+    assert (found.num_gained, found.num_lost) == (0, 10)
+    assert all(card.full is None for card in found.lost), "nobody reads this benchmark's images"
+
+
+def test_a_question_with_several_seeds_is_shown_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, seeds=(1, 2))
+    (found,) = changed_answers(run.store, scoreboards(run.job, run.store), run.benchmarks)
+    assert found.num_gained == 20
+    assert [(card.sample.id, card.seed) for card in found.gained] == [("q05", 1), ("q06", 1), ("q07", 1)]
+
+
+# --- curves and costs -----------------------------------------------------------------------------------------------
+
+
+def test_criteria_are_drawn_with_their_errors_and_the_choice(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_rounds=3, chosen=2)
+    support, divergence, evidence = selection_charts(run.store, run.job.criteria, 2)
+    assert support.lines[0].values == (-0.6, -0.3, pytest.approx(-0.2), -0.15)
+    (line,) = divergence.lines
+    assert line.rounds == (0, 1, 2, 3)
+    assert line.values == (0.5, 0.25, pytest.approx(1 / 6), 0.125)
+    # Two prompts' standard error of 0.05, 1.96 of it to either side.
+    assert line.intervals[1] == (pytest.approx(0.25 - 0.098), pytest.approx(0.25 + 0.098))
+    assert evidence.lines[0].intervals[3] == (pytest.approx(0.3), pytest.approx(0.3)), "no error is known"
+    assert divergence.marked == 2
+    with_line, without = draw(divergence, 3), draw(Chart("Divergence", "", divergence.lines), 3)
+    assert len(with_line) > len(without)
+    (accuracy,) = accuracy_charts(scoreboards(run.job, run.store))
+    assert (accuracy.lines[0].rounds, accuracy.marked) == ((0, 2, 3), 2)
+
+
+def test_cost_is_that_of_all_artefacts_behind_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_rounds=3, chosen=2)
+    found = origins(run.job, run.store)
+    counts = {stage: cost.num_artifacts for stage, cost in found.costs.items()}
+    # Three rounds and four candidates are sampled; four models are measured.
+    assert (counts["rollouts"], counts["train"], counts["criteria"], counts["predict"]) == (7, 3, 4, 4)
+    assert (counts["view_shard"], counts["select"], counts["data_docs"]) == (4, 1, 1)
+    assert "checkpoint" not in counts, "its time is that of its training"
+    assert found.costs["rollouts"].num_tokens == 7 * 8
+    assert found.costs["predict"].gpu_seconds == 4 * 2.0
+    assert found.costs["rollouts"].gpu_seconds is None
+    assert found.total.seconds == pytest.approx(sum(cost.seconds for cost in found.costs.values()))
+
+
+def test_cost_of_a_round_is_that_of_its_own_artefacts(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_rounds=1)
+    (done,) = run.job.rounds
+    figures = round_figures(run.store, 1, done.rollouts, done.replays, done.gate, done.train)
+    manifests = [run.store.manifest(ref) for ref in done.refs()]
+    assert figures["wall_seconds"] == sum(manifest.measured["seconds"] for manifest in manifests)
+    assert figures["cpu_seconds"] == sum(manifest.measured["cpu_seconds"] for manifest in manifests)
+    assert figures["gpu_seconds"] is None
+
+
+# --- two runs -------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_compared_question_by_question(tmp_path: Path) -> None:
+    first = Run(tmp_path, name="first", num_correct=(5, 10))
+    second = Run(tmp_path, NoGateConfig(), name="second", num_correct=(5, 18))
+    page = build_comparison(first.job, second.job, first.store)
+    loads_nothing(page)
+    assert build_comparison(first.job, second.job, first.store) == page
+    text = words(page)
+    # 8 of 20 became right from one chosen student to the other.
+    assert "second is better than first (+40.0 points" in text
+    assert "8 answers became right and 0 became wrong" in text
+    assert "first, chosen 50.0%" in text
+    assert "second, chosen 90.0%" in text
+    back = words(build_comparison(second.job, first.job, first.store))
+    assert "first is worse than second (−40.0 points" in back  # noqa: RUF001
+
+
+def test_two_runs_with_other_questions_are_shown_but_not_compared(tmp_path: Path) -> None:
+    first = Run(tmp_path, name="first")
+    second = Run(tmp_path, name="second", protocol=VLMEvalKitProtocol())
+    text = words(build_comparison(first.job, second.job, first.store))
+    assert "Not comparable" in text
+    assert "points" not in text
+    assert "second, chosen 75.0%" in text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    first, second = Run(tmp_path, num_rounds=1), Run(tmp_path, num_rounds=2)
+    page = build_comparison(first.job, second.job, first.store)
+    assert f"a-run, {first.job.key[:8]} and a-run, {second.job.key[:8]}" in words(page)
+    loads_nothing(page)
+
+
+def test_a_run_that_measured_nothing_can_stand_beside_one_that_did(tmp_path: Path) -> None:
+    first, second = Run(tmp_path, name="first", num_correct=()), Run(tmp_path, name="second")
+    text = words(build_comparison(first.job, second.job, first.store))
+    assert "No benchmark was measured in both runs." in text
+    assert "Measured in one of the runs only: held-out." in text
+
+
+def test_curves_are_overlaid_line_by_line() -> None:
+    one = Chart("Speed", "u", (Line("a", (1,), (1.0,)), Line("b", (1,), (2.0,))), levels=(("l", 1.0),))
+    other = Chart("Speed", "u", (Line("b", (1,), (3.0,)), Line("c", (1,), (4.0,))))
+    (chart,) = overlaid([one, Chart("Alone", "", (Line("a", (1,), (1.0,)),))], [other], ("x", "y"))
+    assert chart.title == "Speed: b"
+    assert [(line.label, line.values) for line in chart.lines] == [("x", (2.0,)), ("y", (3.0,))]
+    assert chart.levels == ()
+
+
+def test_settings_that_differ() -> None:
+    first = {"seed": 0, "gate": {"kind": "off"}, "list": [{"n": 1}], "same": {"x": 1}, "empty": {}}
+    second = {"seed": 1, "gate": {"kind": "contrastive", "alpha": 1.0}, "list": [{"n": 2}], "same": {"x": 1}}
+    assert list(differences(first, second)) == [
+        ("empty", "{}", "\N{EN DASH}"),
+        ("gate.alpha", "\N{EN DASH}", "1.0"),
+        ("gate.kind", '"off"', '"contrastive"'),
+        ("list.0.n", "1", "2"),
+        ("seed", "0", "1"),
+    ]
+
+
+# --- charts ---------------------------------------------------------------------------------------------------------
 
 
 def test_chart_holds_nothing_of_its_maker() -> None:
@@ -477,6 +503,12 @@ def test_chart_holds_nothing_of_its_maker() -> None:
 def test_flat_line_gets_an_axis(value: float, *, logarithmic: bool) -> None:
     svg = draw(Chart("Flat", "", (Line("a", (1,), (value,)),), logarithmic=logarithmic), 1)
     assert svg.count("</text>") >= 3
+
+
+def test_large_numbers_at_an_axis_are_written_out() -> None:
+    svg = draw(Chart("Large", "", (Line("a", (1, 2), (1000.0, 40_000.0)),), logarithmic=True), 2)
+    assert ">30,000</text>" in svg
+    assert "e+" not in svg
 
 
 def test_what_has_no_value_is_not_drawn() -> None:

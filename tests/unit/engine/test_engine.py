@@ -3,14 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from itertools import chain
+from functools import cache
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.plain import allowed_ids, prompts, words
+from support.plain import allowed_ids, plain_logits, prompts, words
 from support.tiny_models import FAMILIES, save_tiny_model
 from transformers import PreTrainedModel
 
@@ -33,12 +35,19 @@ def start(folder: Path, digest: str = "initial", *, dtype: str = "float32") -> T
     return TransformersEngine(folder, digest, dtype=dtype, device="cpu", max_batch_tokens=100_000)
 
 
-def sample(engine: TransformersEngine, *, temperature: float = 1.0, max_new_tokens: int = 6) -> list[Response]:
-    requests = [
+def sampling_requests(engine: TransformersEngine) -> list[SamplingRequest]:
+    return [
         SamplingRequest(prompt, tuple(range(100 * number, 100 * number + 40)))
         for number, prompt in enumerate(prompts(engine.processor, [(16, 16), (24, 16)], 2))
     ]
-    groups = engine.sample(requests, temperature=temperature, max_new_tokens=max_new_tokens, advance=nothing)
+
+
+def sample(
+    engine: TransformersEngine, *, temperature: float = 1.0, max_new_tokens: int = 6, **settings: Any
+) -> list[Response]:
+    groups = engine.sample(
+        sampling_requests(engine), temperature=temperature, max_new_tokens=max_new_tokens, advance=nothing, **settings
+    )
     return list(chain(*groups))
 
 
@@ -128,6 +137,153 @@ def test_a_token_beyond_the_vocabulary_is_not_banned(folders: dict[str, Path]) -
     )
     banned = banned_ids(engine._model.config, engine.processor, engine._eos_ids)
     assert max(banned) < engine._model.config.get_text_config().vocab_size
+
+
+# --- what changes probabilities -----------------------------------------------------------------------------------
+
+
+def expected_probabilities(
+    logits: dict[int, float],
+    before: Sequence[int],
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    presence_penalty: float = 0.0,
+) -> dict[int, float]:
+    """Give the probabilities of the tokens that are left, the plain way; no two logits may be equal."""
+    changed = {token: (logit - presence_penalty * (token in before)) / temperature for token, logit in logits.items()}
+    ranked = sorted(changed, key=changed.__getitem__, reverse=True)[: top_k or None]
+    likeliest = changed[ranked[0]]
+    masses = [np.exp(changed[token] - likeliest) for token in ranked]
+    reached = np.array(list(accumulate(masses))) / sum(masses)
+    # The smallest number of the likeliest tokens that reach the share.
+    number = next(count for count, share in enumerate(reached, start=1) if share >= top_p - 1e-12)
+    return {token: mass / sum(masses[:number]) for token, mass in zip(ranked[:number], masses, strict=False)}
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 0.4, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 3},
+    {"temperature": 1.0, "top_k": 3, "top_p": 0.7},
+    {"temperature": 1.0, "presence_penalty": 1.5},
+    {"temperature": 0.5, "presence_penalty": -2.0},
+    {"temperature": 0.7, "top_p": 0.8, "top_k": 4, "presence_penalty": 1.5},
+    # No bound at all, and the narrowest.
+    {"temperature": 1.0, "top_k": 10_000},
+    {"temperature": 1.0, "top_p": 1e-9},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_tokens_are_drawn_from_the_distribution_that_the_settings_leave(
+    settings: dict[str, Any], folders: dict[str, Path]
+) -> None:
+    """Each token of each response inverts it at its seed's number, in the order of token ids."""
+    folder = folders["qwen3_vl"]
+    engine = start(folder, dtype="float64")
+    plain = load_model(folder, "float64", "cpu")
+    allowed = allowed_ids(folder).tolist()
+
+    def logits_after(request: SamplingRequest) -> Callable[[tuple[int, ...]], dict[int, float]]:
+        inputs = engine.processor.encode(request.prompt)
+
+        @cache
+        def logits(before: tuple[int, ...]) -> dict[int, float]:
+            found = plain_logits(plain, inputs, [*before, 0])[-1]
+            return {token: float(found[token]) for token in allowed}
+
+        return logits
+
+    (request, _) = sampling_requests(engine)
+    length = 10
+    (group,) = engine.sample([request], max_new_tokens=length, advance=nothing, **settings)
+    logits = logits_after(request)
+    num_repeated = 0
+    for seed, response in zip(request.seeds, group, strict=True):
+        uniform = np.random.Generator(np.random.Philox(seed)).random(length)
+        for place, token in enumerate(response.token_ids):
+            before = response.token_ids[:place]
+            num_repeated += len({*before}) < len(before)
+            left = expected_probabilities(logits(before), before, **settings)
+            ordered = sorted(left)
+            reached = np.cumsum([left[candidate] for candidate in ordered])
+            assert token == ordered[int(np.searchsorted(reached, uniform[place] * reached[-1], side="right"))]
+    # A token that is there twice is penalised once.
+    assert num_repeated > 0
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.5}, {"top_k": 2}, {"top_p": 0.8, "top_k": 5}])
+def test_over_many_seeds_tokens_have_the_shares_that_the_settings_leave(
+    settings: dict[str, Any], folders: dict[str, Path]
+) -> None:
+    """Within 4.5 standard deviations each, and none of those that are left out."""
+    folder = folders["qwen3_vl"]
+    engine = start(folder, dtype="float64")
+    (request, _) = sampling_requests(engine)
+    num_seeds = 4_000
+    many = SamplingRequest(request.prompt, tuple(range(num_seeds)))
+    (group,) = engine.sample([many], temperature=0.7, max_new_tokens=1, advance=nothing, **settings)
+    with torch.no_grad():
+        found = plain_logits(load_model(folder, "float64", "cpu"), engine.processor.encode(request.prompt), [0])[-1]
+    logits = {token: float(found[token]) for token in allowed_ids(folder).tolist()}
+    expected = expected_probabilities(logits, (), temperature=0.7, **settings)
+    assert 1 < len(expected) < len(logits)
+    sampled = [response.token_ids[0] for response in group]
+    assert {*sampled} == {*expected}
+    for token, share in expected.items():
+        assert abs(sampled.count(token) / num_seeds - share) < 4.5 * (share * (1 - share) / num_seeds) ** 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.5, -2.0])
+def test_temperature_0_takes_the_likeliest_after_the_penalty(penalty: float, folders: dict[str, Path]) -> None:
+    folder = folders["qwen3_vl"]
+    engine = start(folder, dtype="float64")
+    plain = load_model(folder, "float64", "cpu")
+    allowed = allowed_ids(folder)
+    requests = [SamplingRequest(request.prompt, (0,)) for request in sampling_requests(engine)]
+
+    def greedy(**settings: Any) -> list[tuple[int, ...]]:
+        groups = engine.sample(requests, temperature=0.0, max_new_tokens=8, advance=nothing, **settings)
+        return [response.token_ids for (response,) in groups]
+
+    for request, found in zip(requests, greedy(presence_penalty=penalty), strict=True):
+        tokens: list[int] = []
+        while len(tokens) < 8 and not {*tokens} & {*engine._eos_ids}:
+            logits = plain_logits(plain, engine.processor.encode(request.prompt), [*tokens, 0])[-1]
+            for token in {*tokens}:
+                logits[token] -= penalty
+            tokens.append(int(allowed[logits[allowed].argmax()]))
+        assert found == tuple(tokens)
+    assert greedy(presence_penalty=penalty) != greedy()
+    assert greedy(top_p=0.5, top_k=2) == greedy()
+
+
+def test_settings_leave_the_recorded_log_probs_to_the_model(folders: dict[str, Path]) -> None:
+    engine = start(folders["qwen3_vl"])
+    requests = sampling_requests(engine)
+    groups = engine.sample(
+        requests, temperature=0.7, max_new_tokens=6, advance=nothing, top_p=0.8, top_k=4, presence_penalty=1.5
+    )
+    replays = [
+        ReplayRequest(request.prompt, tuple(response.token_ids for response in group))
+        for request, group in zip(requests, groups, strict=True)
+    ]
+    for scored, response in zip(chain(*engine.score(replays, advance=nothing)), chain(*groups), strict=True):
+        assert torch.allclose(torch.tensor(response.logprobs), scored.logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.5}, {"presence_penalty": -2.0}])
+def test_banned_tokens_take_no_place_among_the_likeliest(settings: dict[str, Any], folders: dict[str, Path]) -> None:
+    engine = start(folders["qwen3_vl"])
+    expected = sample(engine, **settings)
+    bias(engine, engine._banned.tolist(), LOVE)
+    assert [response.token_ids for response in sample(engine, **settings)] == [
+        response.token_ids for response in expected
+    ]
 
 
 # --- new weights --------------------------------------------------------------------------------------------------

@@ -90,11 +90,15 @@ def expanded(processor: PromptProcessor, prompt: Prompt) -> list[int]:
 
 
 def sample(
-    engine: VLLMEngine, wanted: Sequence[Prompt], seeds: Sequence[int] = (7, 8, 9), temperature: float = 1.0
+    engine: VLLMEngine,
+    wanted: Sequence[Prompt],
+    seeds: Sequence[int] = (7, 8, 9),
+    temperature: float = 1.0,
+    **settings: Any,
 ) -> list[list[Response]]:
     advanced: list[int] = []
     requests = [SamplingRequest(prompt, tuple(seeds)) for prompt in wanted]
-    found = engine.sample(requests, temperature=temperature, max_new_tokens=6, advance=advanced.append)
+    found = engine.sample(requests, temperature=temperature, max_new_tokens=6, advance=advanced.append, **settings)
     assert advanced == [1] * len(requests)
     return found
 
@@ -159,6 +163,27 @@ def test_what_is_asked_for_a_sample(
                 "logit_bias": {str(token): -100.0 for token in SPECIAL if token != EOS},
             },
         }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0.8},
+        {"top_k": 20},
+        {"presence_penalty": 1.5},
+        {"presence_penalty": -1.5},
+        {"top_p": 0.8, "top_k": 20, "presence_penalty": 1.5},
+    ],
+)
+def test_settings_that_change_probabilities_are_asked_for_where_they_are_set(
+    settings: dict[str, Any], make: Callable[..., tuple[VLLMEngine, StandIn]], processor: PromptProcessor
+) -> None:
+    engine, server = make()
+    sample(engine, prompts(processor)[:1])
+    sample(engine, prompts(processor)[:1], **settings)
+    without, given = (body["sampling_params"] for body in server.generations())
+    assert given == without | settings
+    assert not {"top_p", "top_k", "presence_penalty"} & {*without}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -22,6 +22,9 @@ def toml(folder: Path, text: str) -> Path:
     return path
 
 
+BENCHMARK = "[[benchmarks]]\nname = 'v'\nkind = 'vstar'\npath = 'v.tsv'\n"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     load_config(path)
@@ -38,6 +41,12 @@ def test_the_laptop_configuration_is_the_default() -> None:
     shipped = load_config(PROJECT / "deployments" / "configs" / "laptop.toml")
     local = {"store", "placement"}  # where they point depends on the folder of the file
     assert shipped.model_dump(exclude=local) == RunConfig().model_dump(exclude=local)
+
+
+def test_paths_of_benchmarks_count_from_the_files_folder(tmp_path: Path) -> None:
+    [benchmark] = load_config(toml(tmp_path, BENCHMARK)).benchmarks
+    assert benchmark.path == str(tmp_path / "v.tsv")
+    assert benchmark.generation.max_new_tokens == 2048
 
 
 def test_every_setting_is_described() -> None:
@@ -58,8 +67,30 @@ def test_every_setting_is_described() -> None:
         ("[loss]\nkind = 'policy_gradient'\nestimator = 'k2'", "loss.estimator is no setting"),
         ("[data.source]\nkind = 'jsonl'", "data.source.path: field required"),
         ("[prompt]\ntemplate = 'no question'", "prompt.template: template must contain {question} once"),
-        ("[evaluate]\nanswer_pattern = '('", "answer_pattern must be a regular expression"),
-        ("[evaluate]\nanswer_pattern = 'x'", "answer_pattern must have one group"),
+        ("[evaluate.protocol]\nanswer_pattern = '('", "answer_pattern must be a regular expression"),
+        ("[evaluate.protocol]\nanswer_pattern = 'x'", "answer_pattern must have one group"),
+        ("[evaluate.protocol]\nkind = 'judge'", "evaluate.protocol: .*exact.*zwz.*vlmevalkit"),
+        ("[evaluate.generation]\nseeds = [1, 1]\ntemperature = 1.0", "seeds must differ"),
+        ("[evaluate.generation]\nseeds = [1, 2]", "seeds must be one where temperature is 0"),
+        (BENCHMARK + "choice_template = '{question}'", "choice_template must contain {question} and {options} once"),
+        (BENCHMARK + BENCHMARK, "benchmarks must have names of their own.* got v again"),
+        (BENCHMARK.replace("'v'", "'held-out'"), "held-out is that of the data's own questions"),
+        (BENCHMARK + "judge = { model = 'm', template = '{question}' }", r"template must contain {answer}, {response}"),
+        (BENCHMARK + "protocol = 'zwz'", "benchmarks.0.protocol: must be a table of settings, such as { kind = ... }"),
+        (BENCHMARK + "generation = 8", "benchmarks.0.generation: must be a table of settings, got 8"),
+        (BENCHMARK.replace("[[benchmarks]]", "[benchmarks]"), r"benchmarks: must be a list, of tables \[\["),
+        (BENCHMARK.replace("v.tsv", "s4://b/v.tsv"), "benchmarks.0.path: must be a path or one of file, s3,.* got s4:"),
+        (BENCHMARK + "image_root = 'gs://b'", "benchmarks.0.image_root: must be a path or one of .* got gs://"),
+        ("[data]\ncompare_with = ['gs://b']", "data.compare_with.0: must be a path or one of "),
+        ("[data.source]\nkind = 'jsonl'\npath = 's4://a'", "data.source.path: must be a path or one of "),
+        (
+            BENCHMARK + "judge = { model = 'm' }\nprotocol = { kind = 'vlmevalkit' }",
+            "judge has no effect with protocol vlmevalkit, which has none; remove it",
+        ),
+        (
+            BENCHMARK + STUDENT_SERVERS + "max_model_len = 2048\n[data]\nmax_prompt_tokens = 100",
+            r"benchmarks v: generation.max_new_tokens must be less than .*max_model_len 2048, .* got 2048; lower it",
+        ),
         ("[rounds]\nprompts_per_round = 1", "mini_batches must be at most rounds.prompts_per_round, got 2 and 1"),
         ("[rounds]\nnum_shards = 33", "num_shards must be at most"),
         ("preset = 'paper'\n[gate]\nalpha = 2", "remove .gate. or the preset"),
@@ -104,7 +135,8 @@ def test_the_device_of_a_teacher_on_servers_is_not_used(tmp_path: Path) -> None:
     [
         # 1000 - 100 - 1: regions come with the data, and nobody responds to find them.
         ("", 899, "student_servers.max_model_len 1000 - sampling.max_new_tokens 100 - 1 that replay"),
-        ("evaluate.max_new_tokens = 150\n", 849, "- evaluate.max_new_tokens 150 - 1"),
+        # Held-out questions are other prompts.
+        ("evaluate.generation.max_new_tokens = 150\n", 899, "- sampling.max_new_tokens 100 - 1"),
         # The teacher's 900 - 200 - 1 is less than the student's 899.
         (
             "regions.proposer.kind = 'grid'\nteacher.engine = { kind = 'vllm', version = '0.32.0' }\n"
@@ -123,8 +155,6 @@ def test_the_device_of_a_teacher_on_servers_is_not_used(tmp_path: Path) -> None:
 )
 def test_prompts_and_what_follows_them_fit_into_a_server(text: str, room: int, reason: str, tmp_path: Path) -> None:
     lengths = "sampling.max_new_tokens = 100\nregions.max_new_tokens = 200\n"
-    if "evaluate" not in text:
-        lengths += "evaluate.max_new_tokens = 50\n"
     servers = "student.engine = { kind = 'vllm', version = '0.32.0' }\nplacement.student_servers.max_model_len = 1000\n"
     everything = lengths + servers + text
     message = rf"data.max_prompt_tokens must be at most {room} \(.*{reason}.*\), got {{}}; set it to {room}$"

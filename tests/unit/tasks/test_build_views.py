@@ -18,6 +18,7 @@ from tasks.adapters.store import Outcome, Store
 from tasks.adapters.tables import read_rows, write_rows
 from tasks.artifacts import ArtifactRef, BadRow, ImageRef, Sample
 from tasks.build_views import ViewShardJob, ViewsJob, build_view_shard, build_views, num_view_shards
+from tasks.config import JudgeServerConfig
 from tasks.import_data import ImportDataJob
 from tasks.stage import RunContext
 from vzero_core.config import NegativeCropConfig, PositiveCropConfig, ViewConfig
@@ -78,7 +79,8 @@ class World:
             data=SimpleNamespace(),  # type: ignore[arg-type]
             compared={},
             dataset=Dataset(self.store, self.reader),
-            evaluation=SimpleNamespace(),  # type: ignore[arg-type]
+            benchmarks={},
+            judge=JudgeServerConfig(),
             engines=SimpleNamespace(),  # type: ignore[arg-type]
             terminal=Silent(),
             checkpoint_every=1,

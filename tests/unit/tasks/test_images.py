@@ -1,5 +1,7 @@
 """Images are opened as a viewer shows them, within limits, or refused by name."""
 
+import base64
+import csv
 import io
 import os
 import struct
@@ -9,7 +11,9 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import imagehash
@@ -22,7 +26,7 @@ from support.formats import png, save, write_parquet
 
 from tasks.adapters import images as module
 from tasks.adapters.files import StoreUnavailableError
-from tasks.adapters.images import ImageReader, Inspected, embedded_uri
+from tasks.adapters.images import ImageReader, Inspected, embedded_uri, tsv_uri
 from tasks.artifacts import ImageRef
 from vzero_core.errors import InputError
 
@@ -696,3 +700,104 @@ def test_refs_of_both_ways_are_records_that_can_be_stored(reader: ImageReader, t
     for decode in (True, False):
         ref = reader.inspect("a.png", decode=decode).ref
         assert ImageRef.model_validate_json(ref.model_dump_json()) == ref
+
+
+# --- images embedded in TSV ---------------------------------------------------------------------------------------
+
+
+def write_tsv_rows(path: Path, *rows: list[str]) -> list[tuple[int, int]]:
+    """Write rows, with quotes around every cell that needs them; give where each begins and ends."""
+    ends = [0]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        for row in rows:
+            csv.writer(file, delimiter="\t", lineterminator="\r\n").writerow(row)
+            ends.append(file.tell())
+    return list(pairwise(ends))
+
+
+def in_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+@pytest.mark.parametrize("before", ["what?", 'a "quoted" word', "two\nlines", "ä\ttab", "\u2028"])
+def test_a_cell_of_a_tsv_file_is_an_image(reader: ImageReader, tmp_path: Path, before: str) -> None:
+    places = write_tsv_rows(tmp_path / "a.tsv", ["q", "image"], [before, in_base64(png((8, 6)))], [before, "x"])
+    uri = tsv_uri("a.tsv", *places[1], 1)
+    found = inspect(reader, uri)
+    assert (found.ref.uri, found.ref.width, found.ref.height) == (uri, 8, 6)
+    assert found.ref.size_bytes == len(png((8, 6)))
+    assert reader.stamp(uri) == reader.stamp("a.tsv") != []
+
+
+def test_base64_may_have_line_breaks(reader: ImageReader, tmp_path: Path) -> None:
+    places = write_tsv_rows(tmp_path / "a.tsv", [base64.encodebytes(png((8, 6)) + bytes(200)).decode()])
+    assert inspect(reader, tsv_uri("a.tsv", *places[0], 0)).ref.width == 8
+
+
+def test_of_a_tsv_file_the_row_alone_is_read(
+    reader: ImageReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = write_tsv_rows(tmp_path / "a.tsv", *[["x" * 1000, in_base64(shade(number))] for number in range(50)])
+    fs, path = fsspec.core.url_to_fs("memory://tsv/a.tsv")
+    fs.pipe_file(path, (tmp_path / "a.tsv").read_bytes())
+    asked: list[tuple[int, int]] = []
+    original = type(fs).cat_file
+
+    def cat_file(self: Any, path: str, start: int, end: int, **options: Any) -> Any:
+        asked.append((start, end))
+        return original(self, path, start, end, **options)
+
+    monkeypatch.setattr(type(fs), "cat_file", cat_file)
+    for number in (31, 7, 49):
+        ref = reader.inspect(tsv_uri("memory://tsv/a.tsv", *places[number], 1), decode=True).ref
+        assert np.asarray(reader.read(ref))[0, 0, 0] == number
+    assert asked == [places[number] for number in (31, 31, 7, 7, 49, 49)]
+
+
+def test_the_size_of_an_image_in_a_tsv_file_is_limited_before_decoding(reader: ImageReader, tmp_path: Path) -> None:
+    whole = png((101, 100))
+    places = write_tsv_rows(tmp_path / "a.tsv", [in_base64(whole[: len(whole) // 2])])
+    with pytest.raises(InputError, match="must have at most 10000 pixels, got 10100"):
+        reader.inspect(tsv_uri("a.tsv", *places[0], 0), decode=True)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("a.tsv#bytes=0-400&column=1", "must be in a row with as many cells, got 1"),
+        ("a.tsv#bytes=9-9&column=0", "must be in a row of at most 268435456 bytes, got 0"),
+        ("a.tsv#bytes=9-8&column=0", "must be in a row of at most 268435456 bytes, got -1"),
+        ("a.tsv#bytes=0-268435457&column=0", "must be in a row of at most 268435456 bytes, got 268435457"),
+        ("a.tsv#bytes=1-400&column=0", "must be an image in base64"),
+        ("a.tsv#bytes=90000-90001&column=0", "must be in a row with as many cells, got 0"),
+        ("a.tsv#bytes=-5-9&column=0", "must exist"),
+        ("b.tsv#bytes=0-9&column=0", "must exist"),
+        ("../a.tsv#bytes=0-9&column=0", "must stay inside"),
+        ("quote.tsv#bytes=0-9&column=0", "must be an image in base64"),
+        ("return.tsv#bytes=0-9&column=0", "must be in a row of a TSV file"),
+        ("empty.tsv#bytes=0-3&column=0", "must not be empty"),
+    ],
+)
+def test_a_cell_that_is_no_image_is_refused(reader: ImageReader, tmp_path: Path, uri: str, message: str) -> None:
+    write_tsv_rows(tmp_path / "a.tsv", [in_base64(png((8, 6)))])
+    save(tmp_path / "quote.tsv", b'"AAAA\nBB#B')
+    save(tmp_path / "return.tsv", b"AA\rBB\tCC\n")
+    save(tmp_path / "empty.tsv", b"\t\t\n")
+    save(tmp_path.parent / "a.tsv", b"AAAA")
+    for decode in (True, False):
+        with pytest.raises(InputError, match=message):
+            reader.inspect(uri, decode=decode)
+
+
+def test_an_image_in_a_tsv_file_that_has_changed_is_refused(reader: ImageReader, tmp_path: Path) -> None:
+    places = write_tsv_rows(tmp_path / "a.tsv", [in_base64(png((8, 6)))])
+    ref = reader.inspect(tsv_uri("a.tsv", *places[0], 0), decode=True).ref
+    write_tsv_rows(tmp_path / "a.tsv", [in_base64(png((8, 6), "black"))])
+    with pytest.raises(InputError, match="must be the one that was validated"):
+        reader.read(ref)
+
+
+def test_a_text_of_a_parquet_column_is_base64(reader: ImageReader, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"image": in_base64(shade(row))} for row in range(3)])
+    for row in (1, 0, 2):
+        assert pixels_of(reader, embedded_uri("a.parquet", row, "image", 0))[0, 0, 0] == row

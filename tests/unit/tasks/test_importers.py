@@ -23,14 +23,13 @@ from tasks.adapters.importers import (
     SourceRow,
     count_rows,
     image_root,
-    import_evaluation,
     import_row,
     locate,
     name_bad_rows,
     read_source,
     source_digest,
 )
-from tasks.artifacts import BadRow, EvaluationSample
+from tasks.artifacts import BadRow
 from tasks.config import FileData, SmallWorldData
 from vzero_core.errors import InputError
 from vzero_core.views import Box
@@ -467,7 +466,6 @@ def test_the_digest_sees_rows_and_images(tmp_path: Path, kind: str) -> None:
 
 
 def test_the_digest_sees_every_line_of_a_text(tmp_path: Path) -> None:
-    """Evaluation data is digested so, too: there, the answer counts."""
     reader = ImageReader(str(tmp_path), 1000)
     rows = [[GOOD], [GOOD, GOOD], [GOOD, "{broken"], [GOOD | {"answer": "x"}], [GOOD | {"answer": "y"}]]
     assert len({source_digest(jsonl(tmp_path, each), reader) for each in rows}) == len(rows)
@@ -504,72 +502,7 @@ def test_the_digest_of_parquet_sees_rows_but_reads_no_embedded_image(tmp_path: P
     assert counted.total < 1_000_000
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------
-
-QUESTION = {"id": 1, "image": "a.png", "question": "what?", "answer": 7}
-
-
-def evaluate(folder: Path, rows: list[Any]) -> list[EvaluationSample]:
-    source = jsonl(folder, rows)
-    advanced: list[int] = []
-    samples = import_evaluation(
-        source.path, ImageReader(str(folder), 1000), reserved=("<image>",), advance=advanced.append
-    )
-    assert advanced == [1] * len(samples)
-    return samples
-
-
-def test_evaluation_rows_have_answers_and_may_have_regions(tmp_path: Path) -> None:
-    more = {"id": "2", "region": "[5, 5, 50, 50]", "detail_image": "a.png"}
-    first, second = evaluate(tmp_path, [QUESTION, QUESTION | more])
-    assert (first.id, first.answer, first.region, first.detail_image) == ("1", "7", None, None)
-    assert (second.id, second.answer, second.region) == ("2", "7", Box(5, 5, 10, 8))
-    assert second.detail_image == second.image
-    assert second.image.sha256 is not None
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"id": None}, "row must have id, image, question and answer; id missing"),
-        ({"answer": None}, "answer missing"),
-        ({"answer": " "}, "answer must not be empty"),
-        ({"answer": ""}, "answer must not be empty"),
-        ({"answer": True}, "answer must be a text or a finite number, got bool"),
-        ({"answer": float("nan")}, "answer must be a text or a finite number, got float"),
-        ({"answer": float("-inf")}, "answer must be a text or a finite number, got float"),
-        ({"answer": ["x"]}, "answer must be a text or a finite number, got list"),
-        ({"answer": {"a": 1}}, "answer must be a text or a finite number, got dict"),
-        ({"id": " "}, "id must not be blank"),
-        ({"region": [0, 0, float("inf"), 1]}, "region must be finite numbers"),
-        ({"answer": "\ud800"}, "must be valid Unicode"),
-        ({"question": " "}, "question must not be empty"),
-        ({"question": "what <image>?"}, "must not hold special tokens of the models, got '<image>'"),
-        ({"image": "missing.png"}, "image missing.png must exist"),
-        ({"region": [1, 2]}, "region must be four numbers"),
-        ({"region": [20, 20, 30, 30]}, "box must meet the 10x8 image"),
-        ({}, "id must be unique"),
-    ],
-)
-def test_a_bad_evaluation_row_is_named_and_stops(tmp_path: Path, changes: Any, reason: str) -> None:
-    with pytest.raises(InputError, match=r"(?s)no row may be bad, got 1 of 2; .*row 2 ") as error:
-        evaluate(tmp_path, [QUESTION, QUESTION | ({"id": 2} | changes if changes else {})])
-    assert reason in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("answer", "text"), [("7", "7"), (" a b ", " a b "), (-7, "-7"), (7.5, "7.5"), (10**400, None)]
-)
-def test_texts_and_finite_numbers_are_answers(tmp_path: Path, answer: Any, text: str | None) -> None:
-    (sample,) = evaluate(tmp_path, [QUESTION | {"answer": answer}])
-    assert sample.answer == (text or str(answer))
-
-
-def test_evaluation_data_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="evaluation data must have rows"):
-        evaluate(tmp_path, [" "])
-    with pytest.raises(InputError, match="no such file"):
-        import_evaluation(str(tmp_path / "no"), ImageReader(str(tmp_path), 1), reserved=(), advance=lambda count: None)
+# --- messages -----------------------------------------------------------------------------------------------------
 
 
 def test_ids_and_field_names_cannot_steer_a_terminal(tmp_path: Path) -> None:

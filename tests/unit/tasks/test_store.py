@@ -1,11 +1,14 @@
 """The store keeps what was committed, whole and unchanged, or does not have it."""
 
 import errno
+import hashlib
 import os
 import resource
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -56,9 +59,30 @@ def test_what_is_produced_is_found_and_read_again(store: Store) -> None:
     assert manifest.ref == ref
     assert [entry.path for entry in manifest.files] == ["deep/text.txt", "other.txt"]
     assert manifest.summary == {"length": 5}
-    assert set(manifest.measured) == {"speed", "seconds"}
+    assert set(manifest.measured) == {"speed", "seconds", "cpu_seconds"}
     assert TextJob.model_validate(manifest.job) == job
     assert store.read(ref, "deep/text.txt") == b"hello"
+
+
+def test_cpu_seconds_count_the_work_of_all_threads_and_no_waiting(store: Store) -> None:
+    work = 0.1
+
+    def hash_for_a_while() -> None:
+        started = time.thread_time()
+        while time.thread_time() - started < work:
+            hashlib.sha256(bytes(1_000_000))
+
+    def make(folder: Path) -> Outcome:
+        with ThreadPoolExecutor(2) as pool:
+            for task in [pool.submit(hash_for_a_while) for _ in range(2)]:
+                task.result()
+        time.sleep(5 * work)
+        return Outcome()
+
+    before = time.process_time()
+    measured = store.manifest(store.produce(TextJob(text="hello"), make)).measured
+    assert 2 * work <= measured["cpu_seconds"] <= time.process_time() - before
+    assert measured["seconds"] >= 6 * work
 
 
 def test_a_committed_job_is_not_made_again(store: Store) -> None:
