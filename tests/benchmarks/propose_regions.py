@@ -102,6 +102,7 @@ def run_config(folder: Path, name: str, seed: int) -> RunConfig:
             "name": f"regions-{name}",
             "seed": seed,
             "data": {"source": source},
+            "selection": {"num_prompts": 0},
             "store": {"url": str(folder / "store")},
             "placement": {"work_dir": str(folder / "work"), "threads": 1},
         }

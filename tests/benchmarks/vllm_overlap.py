@@ -69,6 +69,7 @@ def run_once(folder: Path, urls: dict[str, str], overlap: bool) -> float:
         teacher=on_vllm("embedded:teacher").model_dump(),
         data={"source": {"kind": "small_world", "num_prompts": NUM_ROUNDS * PROMPTS, "num_evaluation": 1}},
         sampling={"num_responses": 8},
+        selection={"num_prompts": 0},
         rounds={"num_rounds": NUM_ROUNDS, "prompts_per_round": PROMPTS, "num_shards": SHARDS},
         placement={
             f"{role}_servers": cpu_servers(urls=[urls[role]], api_key_variable=f"KEY_{role}").model_dump()

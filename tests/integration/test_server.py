@@ -82,7 +82,7 @@ def test_it_stops_locks_and_sweeps(tmp_path: Path) -> None:
 
 def test_a_run_that_is_ended_takes_its_server_with_it(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(
-        'name = "stopped"\n[data.source]\nkind = "small_world"\nnum_prompts = 64\nnum_evaluation = 8\n'
+        'name = "stopped"\n[data.source]\nkind = "small_world"\nnum_prompts = 128\nnum_evaluation = 8\n'
         '[store]\nurl = "store"\n[placement]\nwork_dir = "work"\nthreads = 1\n'
     )
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
@@ -90,6 +90,7 @@ def test_a_run_that_is_ended_takes_its_server_with_it(tmp_path: Path) -> None:
     run = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (tmp_path / "store" / "rollouts").exists() and time.monotonic() < deadline:
+        assert run.poll() is None, run.communicate()[1]
         time.sleep(0.1)
     server = json.loads((tmp_path / ".vzero" / "prefect" / "server.json").read_text())["pid"]
     try:
