@@ -4,7 +4,6 @@ import logging
 
 from flows.config import RunConfig
 from flows.run import fingerprint
-from tasks.adapters.benchmarks import benchmark_digest
 from tasks.adapters.evaluation import EvaluateJob, PredictJob
 from tasks.adapters.scoring import check_aggregate, check_protocol, default_aggregate
 from tasks.artifacts import ArtifactRef, Role
@@ -30,7 +29,7 @@ def evaluation_questions(config: RunConfig, run: RunContext, models: ArtifactRef
         job = EvaluationDataJob(
             benchmark=name,
             kind=settings.kind,
-            source=benchmark_digest(settings, benchmark.data.images),
+            source=benchmark.source,
             models=models,
             max_image_pixels=config.data.max_image_pixels,
             prompt=settings.prompt or config.prompt,

@@ -57,8 +57,7 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
     max_pixels = config.data.max_image_pixels
     dataset = Dataset(store, ImageReader(image_root(data), max_pixels))
     benchmarks = {
-        settings.name: Benchmark(settings, Dataset(store, ImageReader(benchmark_root(settings), max_pixels)))
-        for settings in _benchmarks(config, data, pin)
+        settings.name: _open_benchmark(settings, store, max_pixels) for settings in _benchmarks(config, data, pin)
     }
     terminal = make_terminal()
     engines = Engines(
@@ -143,13 +142,18 @@ def _benchmarks(config: RunConfig, data: FileData, pin: Callable[[str], str]) ->
     return [*own, *others]
 
 
+def _open_benchmark(settings: BenchmarkConfig, store: Store, max_pixels: int) -> Benchmark:
+    images = ImageReader(benchmark_root(settings), max_pixels)
+    return Benchmark(settings, Dataset(store, images), benchmark_digest(settings, images))
+
+
 def _compared(
     benchmarks: Mapping[str, Benchmark], config: DataConfig, pin: Callable[[str], str]
 ) -> dict[str, FileData | BenchmarkConfig]:
     """Give the evaluation data that training is kept clear of: what the run measures on, and what is named."""
     named = [FileData(kind="jsonl", path=pin(path)) for path in config.compare_with]
     return {
-        **{benchmark_digest(found.config, found.data.images): found.config for found in benchmarks.values()},
+        **{found.source: found.config for found in benchmarks.values()},
         **{source_digest(source, ImageReader(image_root(source), config.max_image_pixels)): source for source in named},
     }
 

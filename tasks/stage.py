@@ -41,6 +41,8 @@ class Benchmark:
 
     config: BenchmarkConfig
     data: Dataset
+    source: str
+    """Digest of its files before they are read."""
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,8 @@ class VLLMEngine:
         if longest is not None and num_tokens > longest:
             raise InputError(
                 f"prompt and response must have at most the {longest} tokens that the vLLM server takes "
-                f"(max_model_len), got {num_tokens}; start it with more, or lower data.max_prompt_tokens"
+                f"(max_model_len), got {num_tokens}; start it with more, or lower data.max_prompt_tokens, or "
+                "generation.max_new_tokens where a benchmark is asked"
             )
 
     def _ask(self, prompt: Prompt) -> _Asked:

@@ -38,6 +38,8 @@ def planted(tmp_path: Path) -> Path:
     evaluation = tmp_path / "data" / "eval.jsonl"
     rows = [json.loads(line) | {"answer": f"{SECRET}-eval"} for line in evaluation.read_text().splitlines()]
     evaluation.write_text("\n".join(json.dumps(row) for row in rows))
+    rows = [row | {"answer": "A", "options": [f"{SECRET}-option", "other"]} for row in rows]
+    (tmp_path / "data" / "choices.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return tmp_path
 
 
@@ -47,7 +49,12 @@ def test_no_planted_answer_reaches_the_training_side(planted: Path, prefect_api:
         "path": str(planted / "data" / "train.jsonl"),
         "evaluation_path": str(planted / "data" / "eval.jsonl"),
     }
-    result = vzero(small_config(planted, name="planted", data={"source": source}, rounds={"num_rounds": 2}))
+    benchmark = {"name": "choices", "kind": "jsonl", "path": str(planted / "data" / "choices.jsonl")}
+    benchmark |= {"generation": {"max_new_tokens": 8}}
+    rounds = {"num_rounds": 2}
+    result = vzero(
+        small_config(planted, name="planted", data={"source": source}, rounds=rounds, benchmarks=[benchmark])
+    )
     found: dict[str, set[str]] = {}
     for path in (planted / "store").rglob("*"):
         if path.is_file():

@@ -685,7 +685,7 @@ class World:
         self.advanced = 0
         self.context: Any = SimpleNamespace(
             store=self.store,
-            benchmarks={config.name: Benchmark(config, Dataset(self.store, self.images))},
+            benchmarks={config.name: Benchmark(config, Dataset(self.store, self.images), "digest")},
             compared={"digest": config},
             engines=SimpleNamespace(student_path=str(model), teacher_path=str(model)),
             image_threads=2,
