@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from tasks.adapters.store import Outcome, write_json
 from tasks.adapters.trainer import POLICY, Update
@@ -31,7 +32,7 @@ def train(job: TrainJob, context: RunContext, folder: Path) -> Outcome:
     if job.round % context.checkpoint_every == 0:
         context.store.produce(state, lambda target: _write_state(update, target))
     measured = {"tokens_per_second": update.num_tokens / seconds, **context.engines.gpu_seconds("trainer", seconds)}
-    return Outcome(summary=update.summary, measured=measured)
+    return Outcome(summary=_summary(update), measured=measured)
 
 
 @stage(CheckpointJob)
@@ -45,5 +46,9 @@ def checkpoint(job: CheckpointJob, context: RunContext, folder: Path) -> Outcome
 def _write_state(update: Update, folder: Path) -> Outcome:
     shutil.copytree(update.folder, folder, dirs_exist_ok=True)
     write_json(folder / POLICY, update.policy)
-    write_json(folder / SUMMARY, update.summary)
+    write_json(folder / SUMMARY, _summary(update))
     return Outcome(summary=update.policy)
+
+
+def _summary(update: Update) -> dict[str, Any]:
+    return {**update.summary, "num_tokens": update.num_tokens}

@@ -76,7 +76,8 @@ def test_a_run_on_vllm_survives_its_end_and_leaves_nothing_behind(
         rows = read_rows((folder / "rollouts.parquet").read_bytes(), Rollout)
         assert {row.policy for row in rows} == {manifest["job"]["policy"]["digest"]}
         policies |= {row.policy for row in rows}
-    assert len(policies) == 3
+    # Before each of three rounds, and the candidate after the last.
+    assert len(policies) == 4
 
     # All of it is there: no server is started.
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "servers").glob("*.log")}
