@@ -12,7 +12,7 @@ from tasks.adapters.side_by_side import build_comparison
 
 pytestmark = pytest.mark.browser
 
-PHONE, DESK = 390, 1280
+PHONE, TABLET, DESK = 390, 900, 1280
 PAGES = ("report", "two runs")
 
 
@@ -51,7 +51,9 @@ class Opened:
 
 
 @pytest.fixture(
-    params=[(title, width, scheme) for title in PAGES for width in (PHONE, DESK) for scheme in ("light", "dark")],
+    params=[
+        (title, width, scheme) for title in PAGES for width in (PHONE, TABLET, DESK) for scheme in ("light", "dark")
+    ],
     ids=str,
 )
 def opened(request: pytest.FixtureRequest, browser: Browser, files: dict[str, Path]) -> Iterator[Opened]:
