@@ -10,11 +10,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tasks.config import (
     EMBEDDED,
-    HELD_OUT,
-    BenchmarkConfig,
     CheckpointConfig,
     DataConfig,
-    EvaluateConfig,
     GivenRegions,
     InProcessEngine,
     ModelConfig,
@@ -26,13 +23,13 @@ from tasks.config import (
     ReplayConfig,
     RoundsConfig,
     SamplingConfig,
-    SelectionConfig,
     ServersConfig,
     Settings,
     StoreConfig,
     TrackingConfig,
     VLLMEngine,
 )
+from tasks.evaluation_config import HELD_OUT, BenchmarkConfig, EvaluateConfig, SelectionConfig
 from vzero_core.config import (
     ForwardKLTopKLoss,
     Gate,

@@ -6,8 +6,9 @@ from tasks.adapters.importers import source_digest
 from tasks.adapters.row_facts import Compared
 from tasks.artifacts import ArtifactRef
 from tasks.build_views import ViewShardJob, ViewsJob, build_view_shard, build_views, num_view_shards
-from tasks.config import BenchmarkConfig, GivenRegions
+from tasks.config import GivenRegions
 from tasks.data_docs import BAD_ROWS, DataDocsJob, data_docs
+from tasks.evaluation_config import BenchmarkConfig
 from tasks.fingerprints import FingerprintsJob, fingerprints
 from tasks.import_data import ImportDataJob, import_data
 from tasks.propose_regions import (

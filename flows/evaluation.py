@@ -7,8 +7,8 @@ from flows.run import fingerprint
 from tasks.adapters.evaluation import EvaluateJob, PredictJob
 from tasks.adapters.scoring import check_aggregate, check_protocol, default_aggregate
 from tasks.artifacts import ArtifactRef, Role
-from tasks.config import HELD_OUT, Aggregate, BenchmarkConfig
 from tasks.evaluate import evaluate
+from tasks.evaluation_config import HELD_OUT, Aggregate, BenchmarkConfig
 from tasks.evaluation_data import EvaluationDataJob, evaluation_data
 from tasks.predict import predict, shards
 from tasks.report import Evaluation

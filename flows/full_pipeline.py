@@ -27,8 +27,8 @@ from tasks.adapters.training_data import CheckpointJob
 from tasks.artifacts import ArtifactRef, Role
 from tasks.check_models import CheckModelsJob, ModelJob, check_models, model
 from tasks.commit_outputs import CommitOutputsJob, commit_outputs
-from tasks.config import HELD_OUT
 from tasks.data_docs import DATA_DOCS
+from tasks.evaluation_config import HELD_OUT
 from tasks.report import ReportJob, RoundRefs, report
 from tasks.stage import RunContext
 from vzero_core.errors import VZeroError

@@ -19,7 +19,7 @@ from tasks.adapters.report_page import build_page
 from tasks.adapters.side_by_side import build_comparison
 from tasks.adapters.store import Store, StoreError
 from tasks.artifacts import Manifest
-from tasks.config import HELD_OUT, BenchmarkConfig
+from tasks.evaluation_config import HELD_OUT, BenchmarkConfig
 from tasks.report import ReportJob
 from vzero_core.errors import ConfigError, InputError, VZeroError
 

@@ -20,16 +20,8 @@ from tasks.adapters.judge import check_judge
 from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
 from tasks.adapters.trainer_process import TrainerSettings
-from tasks.config import (
-    HELD_OUT,
-    BenchmarkConfig,
-    DataConfig,
-    EngineFingerprint,
-    FileData,
-    ModelConfig,
-    StoreConfig,
-    VLLMEngine,
-)
+from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig, VLLMEngine
+from tasks.evaluation_config import HELD_OUT, BenchmarkConfig
 from tasks.ports import DatasetRepo
 from tasks.serve import Engines
 from tasks.stage import Benchmark, RunContext, show_progress

@@ -14,7 +14,8 @@ from tasks.adapters.prompts import PromptProcessor
 from tasks.adapters.store import Outcome
 from tasks.adapters.tables import write_rows
 from tasks.artifacts import ArtifactRef, BadRow, EvaluationSample, Job
-from tasks.config import HELD_OUT, BenchmarkKind, PromptConfig
+from tasks.config import PromptConfig
+from tasks.evaluation_config import HELD_OUT, BenchmarkKind
 from tasks.stage import RunContext, stage
 from vzero_core.errors import InputError
 from vzero_core.views import Size

@@ -13,7 +13,7 @@ from tasks.adapters.row_facts import Fingerprint
 from tasks.adapters.store import Outcome
 from tasks.adapters.tables import write_rows
 from tasks.artifacts import BadRow, Job
-from tasks.config import BenchmarkConfig
+from tasks.evaluation_config import BenchmarkConfig
 from tasks.stage import RunContext, stage
 from vzero_core.errors import InputError
 

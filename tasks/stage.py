@@ -17,7 +17,8 @@ from tasks.adapters.dataset import Dataset
 from tasks.adapters.files import PASSING_ERRNOS
 from tasks.adapters.store import Outcome, Store
 from tasks.artifacts import ArtifactRef, Job
-from tasks.config import BenchmarkConfig, FileData, JudgeServerConfig
+from tasks.config import FileData, JudgeServerConfig
+from tasks.evaluation_config import BenchmarkConfig
 from tasks.ports import Advance
 from tasks.serve import Engines
 from vzero_core.errors import VZeroError

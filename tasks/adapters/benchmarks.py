@@ -40,7 +40,8 @@ from tasks.adapters.options import (
 )
 from tasks.adapters.row_files import count_of, files_of, is_folder, rows_of, suffix_of
 from tasks.artifacts import KEY_LENGTH, BadRow, EvaluationSample, digest_json
-from tasks.config import BenchmarkConfig, BenchmarkKind, FileData
+from tasks.config import FileData
+from tasks.evaluation_config import BenchmarkConfig, BenchmarkKind
 from vzero_core.errors import InputError
 from vzero_core.views import Box, clip_box
 

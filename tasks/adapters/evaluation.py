@@ -10,15 +10,8 @@ from tasks.adapters.statistics import Comparison, Outcomes, compare
 from tasks.adapters.store import Store
 from tasks.adapters.tables import read_rows
 from tasks.artifacts import ArtifactRef, EvaluationSample, Job, Role, Score
-from tasks.config import (
-    Aggregate,
-    BenchmarkKind,
-    EngineFingerprint,
-    GenerationConfig,
-    JudgeConfig,
-    PromptConfig,
-    Protocol,
-)
+from tasks.config import EngineFingerprint, PromptConfig
+from tasks.evaluation_config import Aggregate, BenchmarkKind, GenerationConfig, JudgeConfig, Protocol
 from vzero_core.config import ViewConfig
 
 PREDICTIONS, SCORES, RESULTS = "predictions.parquet", "scores.parquet", "results.json"

@@ -12,7 +12,8 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from tasks.adapters.formats import shown
 from tasks.adapters.vllm_client import together
-from tasks.config import JudgeConfig, JudgeServerConfig
+from tasks.config import JudgeServerConfig
+from tasks.evaluation_config import JudgeConfig
 from tasks.ports import Advance
 from vzero_core.errors import ConfigError, VZeroError
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tasks.config import BenchmarkKind
+from tasks.evaluation_config import BenchmarkKind
 
 SOURCE = "V-Zero, arXiv 2606.25319 (2026)"
 """Where all figures stand."""

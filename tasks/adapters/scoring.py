@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tasks.adapters.math_answers import same_answer
 from tasks.artifacts import EvaluationSample
-from tasks.config import Aggregate, BenchmarkKind, Protocol
+from tasks.evaluation_config import Aggregate, BenchmarkKind, Protocol
 from vzero_core.errors import InputError
 
 

@@ -23,16 +23,9 @@ from tasks.adapters.evaluation import (
 from tasks.adapters.store import Outcome, Store
 from tasks.adapters.tables import read_rows, write_rows
 from tasks.artifacts import ArtifactRef, EvaluationSample, ImageRef, Job, Prediction, Score
-from tasks.config import (
-    EngineFingerprint,
-    ExactProtocol,
-    GenerationConfig,
-    JudgeConfig,
-    JudgeServerConfig,
-    PromptConfig,
-    VLMEvalKitProtocol,
-)
+from tasks.config import EngineFingerprint, JudgeServerConfig, PromptConfig
 from tasks.evaluate import evaluate
+from tasks.evaluation_config import ExactProtocol, GenerationConfig, JudgeConfig, VLMEvalKitProtocol
 from tasks.stage import RunContext
 
 IMAGE = ImageRef(uri="a.png", width=8, height=8, size_bytes=1)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from support.formats import png, save, write_jsonl, write_parquet
 
-from tasks.config import BenchmarkConfig
+from tasks.evaluation_config import BenchmarkConfig
 
 LETTERS = "ABCDE"
 OPTIONS = ("red", "green", "blue", "yellow")

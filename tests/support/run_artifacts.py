@@ -40,17 +40,9 @@ from tasks.artifacts import (
 )
 from tasks.build_views import ViewShardJob, ViewsJob
 from tasks.check_models import CheckModelsJob, ModelJob
-from tasks.config import (
-    BenchmarkKind,
-    EngineFingerprint,
-    ExactProtocol,
-    GenerationConfig,
-    OptimizerConfig,
-    PromptConfig,
-    Protocol,
-    SamplingConfig,
-)
+from tasks.config import EngineFingerprint, OptimizerConfig, PromptConfig, SamplingConfig
 from tasks.data_docs import DataDocsJob
+from tasks.evaluation_config import BenchmarkKind, ExactProtocol, GenerationConfig, Protocol
 from tasks.gate import GateJob
 from tasks.import_data import ImportDataJob
 from tasks.replay import ReplayJob

@@ -15,7 +15,7 @@ from tasks.adapters.origins import origins
 from tasks.adapters.run_job import selected_round
 from tasks.adapters.scoreboard import Scoreboard, accuracy_charts, scoreboards
 from tasks.adapters.side_by_side import build_comparison, differences
-from tasks.config import VLMEvalKitProtocol
+from tasks.evaluation_config import VLMEvalKitProtocol
 from vzero_core.config import Gate, GateConfig, NoGateConfig, PrefixTrustConfig, required_views
 
 GATES: list[Gate] = [GateConfig(min_spread=1e-3), PrefixTrustConfig(floor=0.1), NoGateConfig()]

@@ -51,7 +51,8 @@ from tasks.adapters.row_facts import Fingerprint
 from tasks.adapters.store import Outcome, Store
 from tasks.adapters.tables import read_rows
 from tasks.artifacts import BadRow, EvaluationSample, ImageRef, Job
-from tasks.config import HELD_OUT, BenchmarkConfig, FileData, PromptConfig
+from tasks.config import FileData, PromptConfig
+from tasks.evaluation_config import HELD_OUT, BenchmarkConfig
 from tasks.evaluation_data import EvaluationDataJob, evaluation_data
 from tasks.fingerprints import FingerprintsJob, fingerprints
 from tasks.stage import Benchmark

@@ -9,7 +9,8 @@ import pytest
 from support.judge_stand_in import JudgeStandIn
 
 from tasks.adapters.judge import JudgeRow, LostJudgeError, Verdict, check_judge, judge
-from tasks.config import JudgeConfig, JudgeServerConfig
+from tasks.config import JudgeServerConfig
+from tasks.evaluation_config import JudgeConfig
 from vzero_core.errors import ConfigError
 
 CONFIG = JudgeConfig(model="the-judge")

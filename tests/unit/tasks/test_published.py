@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from tasks.adapters.published import BASE, NO_GATE, TRAINED, published
-from tasks.config import BenchmarkKind
+from tasks.evaluation_config import BenchmarkKind
 
 
 def figure(kind: BenchmarkKind, model: str) -> float:

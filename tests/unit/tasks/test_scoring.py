@@ -15,7 +15,7 @@ from tasks.adapters.math_answers import same_answer
 from tasks.adapters.scoring import Scored, check_aggregate, check_protocol, default_aggregate, needs_judge, score
 from tasks.adapters.statistics import estimate
 from tasks.artifacts import EvaluationSample, ImageRef, Score
-from tasks.config import BenchmarkKind, ExactProtocol, Protocol, VLMEvalKitProtocol, ZwzProtocol
+from tasks.evaluation_config import BenchmarkKind, ExactProtocol, Protocol, VLMEvalKitProtocol, ZwzProtocol
 from vzero_core.errors import InputError
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "kit_scores.json").read_text(encoding="utf-8"))
