@@ -18,8 +18,8 @@ from tasks.artifacts import ArtifactRef, BadRow, Manifest
 NUM_BAD_ROWS = 20
 """Bad rows shown of each stage; all of them stand in the quarantine tables."""
 
-_WITH_TOKENS = ("rollouts", "replay", "predict")
-"""Stages in which a model writes responses or replays them; others count what these did."""
+_WITH_TOKENS = ("rollouts", "replay", "train", "predict")
+"""Stages in which a model writes, replays or learns responses; others count what these did."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def cost_of(manifests: Sequence[Manifest]) -> Cost:
         seconds=sum(manifest.measured["seconds"] for manifest in manifests),
         cpu_seconds=_sum(manifest.measured.get("cpu_seconds") for manifest in manifests),
         gpu_seconds=_sum(manifest.measured.get("gpu_seconds") for manifest in manifests),
-        num_tokens=_sum(manifest.summary["num_tokens"] for manifest in manifests if manifest.stage in _WITH_TOKENS),
+        num_tokens=_sum(manifest.summary.get("num_tokens") for manifest in manifests if manifest.stage in _WITH_TOKENS),
     )
 
 

@@ -277,7 +277,7 @@ class Run:
             round=number,
         )
         summary = {"loss": 1 / number, "divergence_k1": 0.5, "divergence_k3": 0.5, "entropy": 0.4, "grad_norm": None}
-        train = self._put(job, {}, {**summary, "num_updates": 2 * number})
+        train = self._put(job, {}, {**summary, "num_updates": 2 * number, "num_tokens": 8})
         return RoundRefs(round=number, rollouts=(rollouts,), replays=(replays,), gate=gate, train=train)
 
     def _keys(self, number: int) -> list[tuple[str, int]]:

@@ -404,7 +404,7 @@ def test_cost_is_that_of_all_artefacts_behind_the_run(tmp_path: Path) -> None:
     assert (counts["rollouts"], counts["train"], counts["criteria"], counts["predict"]) == (7, 3, 4, 4)
     assert (counts["view_shard"], counts["select"], counts["data_docs"]) == (4, 1, 1)
     assert "checkpoint" not in counts, "its time is that of its training"
-    assert found.costs["rollouts"].num_tokens == 7 * 8
+    assert (found.costs["rollouts"].num_tokens, found.costs["train"].num_tokens) == (7 * 8, 3 * 8)
     assert found.costs["predict"].gpu_seconds == 4 * 2.0
     assert found.costs["rollouts"].gpu_seconds is None
     assert found.total.seconds == pytest.approx(sum(cost.seconds for cost in found.costs.values()))
