@@ -20,7 +20,7 @@ demo: setup
 	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
 
 test: setup lint
-	@$(OWN_HOMES) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not s3 and not vllm and not browser"
+	@$(OWN_HOMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not s3 and not vllm and not browser"
 
 test-s3: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m "s3 and not slow"
