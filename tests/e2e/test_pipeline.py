@@ -217,7 +217,7 @@ def test_the_dashboard_shows_stages_rounds_and_tables(first: tuple[Path, RunResu
         tasks = {task.name for task in client.read_task_runs(flow_run_filter=mine)}
         tables = {artifact.description for artifact in client.read_artifacts(flow_run_filter=mine)}
     assert {"validate", "views", "rollouts, round 1", "replay, round 2", "gate, round 3", "train, round 3"} <= tasks
-    assert {"Round 1", "Round 2", "Round 3"} <= tables
+    assert {"Round 1", "Round 2", "Round 3", "Scores with their intervals", "The report on this run"} <= tables
 
 
 MOMENTS = {
