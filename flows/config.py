@@ -19,6 +19,7 @@ from tasks.config import (
     OutputsConfig,
     PlacementConfig,
     PromptConfig,
+    PublishConfig,
     RegionsConfig,
     ReplayConfig,
     RoundsConfig,
@@ -29,7 +30,7 @@ from tasks.config import (
     TrackingConfig,
     VLLMEngine,
 )
-from tasks.evaluation_config import HELD_OUT, BenchmarkConfig, EvaluateConfig, SelectionConfig
+from tasks.evaluation_config import HELD_OUT, BenchmarkConfig, EvaluateConfig, RetrainConfig, SelectionConfig
 from vzero_core.config import (
     ForwardKLTopKLoss,
     Gate,
@@ -83,6 +84,10 @@ class RunConfig(Settings):
     )
     selection: SelectionConfig = Field(default=SelectionConfig(), description="How a checkpoint is chosen.")
     store: StoreConfig = Field(default=StoreConfig(), description="Where artefacts live.")
+    publish: PublishConfig = Field(
+        default=PublishConfig(url=".vzero/published"), description="Where chosen students are published."
+    )
+    retrain: RetrainConfig = Field(default=RetrainConfig(), description="How new samples are learned.")
     outputs: OutputsConfig = Field(default=OutputsConfig(), description="Versions of the outputs in lakeFS.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="Where figures of the rounds are sent.")
     placement: PlacementConfig = Field(default=PlacementConfig(), description="Devices and scratch; changes no result.")
@@ -123,9 +128,21 @@ class RunConfig(Settings):
             )
         return self
 
+    @property
+    def measured(self) -> tuple[BenchmarkConfig, ...]:
+        """What the student is measured on beside the data's own questions: benchmarks, and the promotion split."""
+        return (*self.benchmarks, *((self.retrain.promotion,) if self.retrain.promotion is not None else ()))
+
+    @model_validator(mode="after")
+    def _published(self) -> Self:
+        for name, given in (("outputs.publish", self.outputs.publish), ("publish.hub", self.publish.hub)):
+            if given and self.publish.url is None:
+                raise ValueError(f"{name} needs publish.url, where the champion is named, got none; set it")
+        return self
+
     @model_validator(mode="after")
     def _benchmarks_fit(self) -> Self:
-        names = [benchmark.name for benchmark in self.benchmarks]
+        names = [benchmark.name for benchmark in self.measured]
         if repeated := sorted({name for name in names if [HELD_OUT, *names].count(name) > 1}):
             raise ValueError(
                 f"benchmarks must have names of their own, and {HELD_OUT} is that of the data's own questions, got "
@@ -154,7 +171,7 @@ class RunConfig(Settings):
                 )
                 rooms.append((servers.max_model_len - new_tokens - 1, reason))
         longest = placement.student_servers.max_model_len
-        named = {f"benchmarks {each.name}": each.generation for each in self.benchmarks}
+        named = {f"benchmarks {each.name}": each.generation for each in self.measured}
         for name, generation in {"evaluate": self.evaluate.generation, **named}.items():
             if longest is not None and generation.max_new_tokens >= longest:
                 raise ValueError(
@@ -181,6 +198,9 @@ class RunConfig(Settings):
         if role == "teacher" and not isinstance(self.regions.proposer, GivenRegions):
             lengths["regions.max_new_tokens"] = self.regions.max_new_tokens
         return max(lengths.items(), key=lambda length: length[1])
+
+
+LAPTOP = RunConfig()
 
 
 def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
@@ -229,15 +249,18 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         ("student", "path"),
         ("teacher", "path"),
         ("store", "url"),
+        ("publish", "url"),
         ("placement", "work_dir"),
     ):
         for name in names:
-            values[section][name] = _absolute(values[section][name], folder)
+            if values[section][name] is not None:
+                values[section][name] = _absolute(values[section][name], folder)
     source = values["data"]["source"]
     for name in ("path", "image_root", "evaluation_path"):
         if source.get(name) is not None:
             source[name] = _absolute(source[name], folder)
-    for benchmark in values["benchmarks"]:
+    promotion = values["retrain"]["promotion"]
+    for benchmark in (*values["benchmarks"], *([promotion] if promotion is not None else [])):
         for name in ("path", "image_root"):
             if benchmark[name] is not None:
                 benchmark[name] = _absolute(benchmark[name], folder)

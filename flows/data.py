@@ -19,20 +19,28 @@ from tasks.propose_regions import (
     propose_regions,
 )
 from tasks.stage import RunContext
+from tasks.training_set import TrainingSetJob, training_set
 from tasks.validate import ValidateJob, require_usable, validate
 
 
-def validated_samples(config: RunConfig, run: RunContext, models: ArtifactRef) -> tuple[ArtifactRef, ArtifactRef]:
-    """Validate the training data: give the samples, and the pages that show what was found."""
-    settings = config.data
-    rows = import_data(
+def imported_rows(config: RunConfig, run: RunContext, known: ArtifactRef | None) -> ArtifactRef:
+    """Read the rows of the data and their images, but for those that a training set has seen."""
+    return import_data(
         ImportDataJob(
-            source=source_digest(run.data, run.dataset.images),
-            images=settings.images,
-            max_image_pixels=settings.max_image_pixels,
+            source=source_digest(run.data, run.dataset.images, run.dataset.seen(known) if known is not None else set()),
+            images=config.data.images,
+            max_image_pixels=config.data.max_image_pixels,
+            known=known,
         ),
         run,
     )
+
+
+def validated_samples(
+    config: RunConfig, run: RunContext, rows: ArtifactRef, models: ArtifactRef
+) -> tuple[ArtifactRef, ArtifactRef]:
+    """Validate training rows: give the samples, and the pages that show what was found."""
+    settings = config.data
     # Headers have no hashes that could be compared.
     compared = [
         Compared(
@@ -104,3 +112,20 @@ def both_views(config: RunConfig, run: RunContext, samples: ArtifactRef) -> Arti
         for shard in range(num_shards)
     ]
     return build_views(ViewsJob(shards=tuple(shards), max_bad_share=config.data.max_bad_share), run)
+
+
+def training_samples(
+    config: RunConfig, run: RunContext, rows: ArtifactRef, views: ArtifactRef, previous: ArtifactRef | None
+) -> ArtifactRef:
+    """Put together what is trained on: all new samples and, in a retraining, some of those learned before."""
+    return training_set(
+        TrainingSetJob(
+            rows=rows,
+            views=views,
+            previous=previous,
+            replay_share=config.retrain.replay_share if previous is not None else 0.0,
+            num_held_out=config.selection.num_prompts,
+            seed=config.seed,
+        ),
+        run,
+    )

@@ -13,31 +13,31 @@ from tasks.config import VLLMEngine
 from tasks.gate import GateJob, gate
 from tasks.replay import ReplayJob, replay
 from tasks.report import RoundRefs
-from tasks.rollouts import RolloutsJob, require_prompts, rollouts, split_prompts
+from tasks.rollouts import RolloutsJob, rollouts
 from tasks.stage import RunContext
 from tasks.train import train
+from tasks.training_set import require_prompts
 from vzero_core.config import ForwardKLTopKLoss, required_views
 
 
-def require_round(config: RunConfig, run: RunContext, views: ArtifactRef) -> None:
+def require_round(config: RunConfig, run: RunContext, samples: ArtifactRef) -> None:
     """Make sure that a round has its prompts, before any model is loaded.
 
     Raises:
         InputError: there are too few samples.
     """
-    training, _ = split_prompts(run.dataset.samples(views), config.selection.num_prompts, config.seed)
-    require_prompts(training, config.rounds.prompts_per_round)
+    require_prompts(run.dataset.split(samples)[0], config.rounds.prompts_per_round)
 
 
 def train_round(
-    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, views: ArtifactRef
+    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, samples: ArtifactRef
 ) -> RoundRefs:
     """Make one round's artefacts; a shard is replayed while the next one is sampled, where the teacher is a server."""
-    sampled, replayed = _sample_and_replay(config, run, number, policy, teacher, views)
+    sampled, replayed = _sample_and_replay(config, run, number, policy, teacher, samples)
     weights = gate(GateJob(replays=replayed, gate=config.gate, target=config.replay.target, round=number), run)
     job = TrainJob(
         policy=policy,
-        samples=views,
+        samples=samples,
         rollouts=sampled,
         replays=replayed,
         gate=weights,
@@ -57,7 +57,7 @@ def train_round(
 
 
 def _sample_and_replay(
-    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, views: ArtifactRef
+    config: RunConfig, run: RunContext, number: int, policy: ArtifactRef, teacher: ArtifactRef, samples: ArtifactRef
 ) -> tuple[tuple[ArtifactRef, ...], tuple[ArtifactRef, ...]]:
     # Two models in this process would only take turns on its cores or its device.
     overlap = isinstance(config.teacher.engine, VLLMEngine)
@@ -72,7 +72,7 @@ def _sample_and_replay(
                 rollouts(
                     RolloutsJob(
                         policy=policy,
-                        views=views,
+                        samples=samples,
                         prompt=config.prompt,
                         sampling=config.sampling,
                         engine=fingerprint(config.student),
@@ -81,7 +81,6 @@ def _sample_and_replay(
                         prompts_per_round=config.rounds.prompts_per_round,
                         shard=shard,
                         num_shards=config.rounds.num_shards,
-                        num_held_out=config.selection.num_prompts,
                     ),
                     run,
                 )
@@ -89,7 +88,7 @@ def _sample_and_replay(
             job = ReplayJob(
                 teacher=teacher,
                 rollouts=sampled[-1],
-                views=views,
+                views=samples,
                 prompt=config.prompt,
                 replayed=required_views(config.gate, config.replay.target),
                 target=config.replay.target,

@@ -1,5 +1,7 @@
 """What a run works with: store, data, engines, terminal; opened at its start and closed at its end."""
 
+import fcntl
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
@@ -14,18 +16,21 @@ from tasks.adapters.accelerator import require_trackers
 from tasks.adapters.benchmarks import benchmark_digest, benchmark_root
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.files import configure_s3
+from tasks.adapters.hub import require_token
 from tasks.adapters.images import ImageReader
-from tasks.adapters.importers import image_root, locate, source_digest
+from tasks.adapters.importers import data_version, image_root, locate, source_digest
 from tasks.adapters.judge import check_judge
 from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
 from tasks.adapters.trainer_process import TrainerSettings
-from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, StoreConfig, VLLMEngine
+from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, SmallWorldData, StoreConfig, VLLMEngine
 from tasks.evaluation_config import HELD_OUT, BenchmarkConfig
 from tasks.ports import DatasetRepo
 from tasks.serve import Engines
 from tasks.stage import Benchmark, RunContext, show_progress
 from vzero_core.errors import ConfigError
+
+log = logging.getLogger("vzero.run")
 
 _GIB = 1 << 30
 
@@ -34,16 +39,41 @@ _GIB = 1 << 30
 def open_run(config: RunConfig) -> Iterator[RunContext]:
     """Open what a run works with; whatever was started is stopped at the end, also after an error."""
     config = resolve_paths(config, PROJECT)
+    with _sole_user(Path(config.placement.work_dir)):
+        yield from _opened(config)
+
+
+@contextmanager
+def _sole_user(work_dir: Path) -> Iterator[None]:
+    """Wait until no other run uses the work folder: its weights and servers are those of one run."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (work_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning(
+                "another run uses %s; waiting for it to end (placement.work_dir names another folder)", work_dir
+            )
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _opened(config: RunConfig) -> Iterator[RunContext]:
     require_trackers(config.tracking.trackers)
-    if any(benchmark.judge is not None for benchmark in config.benchmarks):
+    if any(benchmark.judge is not None for benchmark in config.measured):
         check_judge(config.placement.judge)
     work_dir = Path(config.placement.work_dir)
     store = open_store(config.store, work_dir)
     pin = _make_pin()
-    data = _pinned(locate(config.data.source, work_dir), pin)
+    source = _pinned(config.data.source, pin)
+    data = locate(source, work_dir)
+    # Asked now, because what is missing or misspelt must not end a run of days.
+    if config.publish.hub is not None:
+        require_token(config.publish.hub)
     if config.outputs.repository is not None:
-        # Asked now, because a misspelt name must not end a run of days.
         LakeFSRepo(config.outputs.repository).pin(config.outputs.base)
+    # Before it is read: what comes between counts as new the next time.
+    version = data_version(source)
     # Asked now, because Prefect would pass over its error in a task's cache key, and wait for the store once more.
     _ = store.identity
     max_pixels = config.data.max_image_pixels
@@ -78,6 +108,7 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
         yield RunContext(
             store=store,
             data=data,
+            data_version=version,
             compared=_compared(benchmarks, config.data, pin),
             dataset=dataset,
             benchmarks=benchmarks,
@@ -87,6 +118,18 @@ def open_run(config: RunConfig) -> Iterator[RunContext]:
             checkpoint_every=config.checkpoint.every,
             image_threads=config.placement.image_threads,
         )
+
+
+def version_of_data(config: RunConfig) -> str:
+    """Name the state of the training data, by a listing alone; in lakeFS, that of the branch's last commit.
+
+    Raises:
+        InputError: there are none.
+    """
+    config = resolve_paths(config, PROJECT)
+    # Sets also how buckets are reached.
+    open_store(config.store, Path(config.placement.work_dir))
+    return data_version(_pinned(config.data.source, _make_pin()))
 
 
 def open_store(config: StoreConfig, work_dir: Path) -> Store:
@@ -129,7 +172,7 @@ def _benchmarks(config: RunConfig, data: FileData, pin: Callable[[str], str]) ->
                 "image_root": pin(settings.image_root) if settings.image_root is not None else None,
             }
         )
-        for settings in config.benchmarks
+        for settings in config.measured
     ]
     return [*own, *others]
 
@@ -166,8 +209,10 @@ def _make_pin() -> Callable[[str], str]:
     return pin
 
 
-def _pinned(data: FileData, pin: Callable[[str], str]) -> FileData:
+def _pinned(data: SmallWorldData | FileData, pin: Callable[[str], str]) -> SmallWorldData | FileData:
     """Let lakeFS URLs name the commits that their branches have now, so that a run reads one version to its end."""
+    if isinstance(data, SmallWorldData):
+        return data
     found = {name: getattr(data, name) for name in ("path", "image_root", "evaluation_path")}
     return data.model_copy(update={name: pin(url) for name, url in found.items() if url is not None})
 

@@ -14,10 +14,10 @@ from tasks.train import checkpoint
 class Candidates:
     """The checkpoints of a run that can be chosen; the choice so far is stored, and to be kept."""
 
-    def __init__(self, config: RunConfig, run: RunContext, teacher: ArtifactRef, views: ArtifactRef) -> None:
+    def __init__(self, config: RunConfig, run: RunContext, teacher: ArtifactRef, samples: ArtifactRef) -> None:
         """Set by what they are measured."""
         self._config, self._run = config, run
-        self._teacher, self._views = teacher, views
+        self._teacher, self._samples = teacher, samples
         self.criteria: list[ArtifactRef] = []
         self.state: ArtifactRef | None = None
         self.superseded: list[ArtifactRef] = []
@@ -42,7 +42,7 @@ class Candidates:
         sampled = rollouts(
             RolloutsJob(
                 policy=policy,
-                views=self._views,
+                samples=self._samples,
                 prompt=self._config.prompt,
                 sampling=sampling,
                 engine=fingerprint(self._config.student),
@@ -51,7 +51,6 @@ class Candidates:
                 prompts_per_round=self._config.rounds.prompts_per_round,
                 shard=0,
                 num_shards=1,
-                num_held_out=self._config.selection.num_prompts,
                 held_out=True,
             ),
             self._run,
@@ -60,7 +59,7 @@ class Candidates:
             ReplayJob(
                 teacher=self._teacher,
                 rollouts=sampled,
-                views=self._views,
+                views=self._samples,
                 prompt=self._config.prompt,
                 replayed=("positive", "negative"),
                 target="positive",
@@ -74,6 +73,11 @@ class Candidates:
             self._run,
         )
         return criteria(CriteriaJob(rollouts=sampled, replay=replayed, round=number), self._run)
+
+    def of(self, *rounds: int) -> tuple[ArtifactRef, ...] | None:
+        """Give the criteria of the checkpoints after these rounds; None where nothing is set aside to choose by."""
+        by_round = {self._run.store.manifest(ref).job["round"]: ref for ref in self.criteria}
+        return tuple(by_round[number] for number in rounds) if by_round else None
 
     def decide(self) -> ArtifactRef | None:
         """Choose; None where nothing is set aside to choose by."""

@@ -4,14 +4,16 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
 from tasks.adapters.dataset import QUARANTINE, SAMPLES
 from tasks.adapters.files import filesystem, patiently
 from tasks.adapters.lakefs_repo import LakeFSRepo
 from tasks.adapters.store import Outcome, code_version, write_json
 from tasks.artifacts import ArtifactRef, Job
-from tasks.config import OutputsConfig
 from tasks.ports import DatasetRepo
-from tasks.stage import RunContext, stage
+from tasks.stage import RunContext, retrying, stage
 
 CHAMPION = "champion"
 PREFIX = "vzero"
@@ -22,9 +24,11 @@ class CommitOutputsJob(Job):
     """Commit the outputs of a run."""
 
     stage: ClassVar[str] = "outputs"
+    version: ClassVar[int] = 2
 
     name: str
-    outputs: OutputsConfig
+    repository: str
+    base: str
     samples: ArtifactRef
     selected: ArtifactRef
     report: ArtifactRef
@@ -37,11 +41,10 @@ class CommitOutputsJob(Job):
 
 @stage(CommitOutputsJob)
 def commit_outputs(job: CommitOutputsJob, context: RunContext, folder: Path) -> Outcome:
-    """Write the outputs to the run's branch and commit them; where it is configured, merge and tag them."""
-    assert job.outputs.repository is not None, "the flow runs this stage only where there is a repository"
-    repository: DatasetRepo = LakeFSRepo(job.outputs.repository)
+    """Write the outputs to the run's branch and commit them."""
+    repository: DatasetRepo = LakeFSRepo(job.repository)
     store = context.store
-    repository.branch(job.branch, job.outputs.base)
+    repository.branch(job.branch, job.base)
     outputs = folder.with_name("outputs")
     outputs.mkdir()
     store.fetch(job.selected, "model", outputs / "model")
@@ -66,10 +69,22 @@ def commit_outputs(job: CommitOutputsJob, context: RunContext, folder: Path) -> 
         "code": code_version(),
     }
     commit = repository.commit(job.branch, f"V-Zero run {job.name}", metadata)
-    if job.outputs.publish:
-        repository.merge(job.branch, job.outputs.base, f"Publish V-Zero run {job.name}", metadata)
-        # The run's own commit: the base may have moved on since.
-        repository.tag(CHAMPION, commit)
-    done = {"repository": job.outputs.repository, "branch": job.branch, "commit": commit}
+    done = {"repository": job.repository, "branch": job.branch, "commit": commit, "metadata": metadata}
     write_json(folder / "commit.json", done)
     return Outcome(summary=done)
+
+
+@task(name="publish outputs", task_run_name="publish outputs of {job.name}", cache_policy=NO_CACHE, **retrying)
+def publish_outputs(job: CommitOutputsJob, context: RunContext, outputs: ArtifactRef) -> None:
+    """Merge the outputs of a champion into the base, and let the tag name them; what is done already stays.
+
+    Args:
+        job: what was committed.
+        context: of the run, for its store.
+        outputs: the commit.
+    """
+    repository: DatasetRepo = LakeFSRepo(job.repository)
+    done = context.store.manifest(outputs).summary
+    repository.merge(job.branch, job.base, f"Publish V-Zero run {job.name}", done["metadata"])
+    # The run's own commit: the base may have moved on since.
+    repository.tag(CHAMPION, done["commit"])

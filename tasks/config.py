@@ -251,6 +251,11 @@ class StoreConfig(Settings):
         default=None,
         description="Prefect block remote-file-system/NAME with the bucket's settings; none: from the environment.",
     )
+    web_url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Address at which a browser finds the store's files, for links on the dashboard; none: paths.",
+    )
 
 
 class OutputsConfig(Settings):
@@ -259,8 +264,24 @@ class OutputsConfig(Settings):
     repository: str | None = Field(default=None, description="lakeFS repository for model, report and samples.")
     base: str = Field(default="main", description="Branch that the run's branch starts from.")
     publish: bool = Field(
-        default=False, description="At the end, merge the run's branch into the base and tag it champion."
+        default=False,
+        description="Where the student becomes champion: merge the run's branch into the base and tag it champion.",
     )
+
+
+class PublishConfig(Settings):
+    """Where chosen students are published, and one of them is the champion (docs/PUBLISHING.md)."""
+
+    url: Location | None = Field(
+        default=None,
+        description="Folder, or s3://bucket/prefix, of versions and history; none: nothing is published.",
+    )
+    hub: str | None = Field(
+        default=None,
+        description="Repository OWNER/NAME on the Hugging Face hub that the champion is uploaded to; none: none.",
+        pattern=r"^[\w.-]+/[\w.-]+$",
+    )
+    license: str | None = Field(default=None, description="Licence of the weights, as the hub names it.")
 
 
 class ServersConfig(Settings):

@@ -151,3 +151,18 @@ class SelectionConfig(Settings):
     )
     num_responses: int = Field(default=4, ge=1, description="Responses to each of them.")
     every: int = Field(default=10, ge=1, description="Rounds between candidates; the last round is always one.")
+
+
+class RetrainConfig(Settings):
+    """How the champion is trained on with new samples, and when the result takes its place (docs/RETRAINING.md)."""
+
+    min_new: int = Field(default=64, ge=1, description="Fewer new samples wait for more.")
+    replay_share: float = Field(default=0.5, ge=0, lt=1, description="Share of old samples among those trained on.")
+    num_rounds: int | None = Field(default=None, ge=1, description="Rounds of a retraining; none: rounds.num_rounds.")
+    promotion: BenchmarkConfig | None = Field(
+        default=None,
+        description="Your own labelled questions that decide; none: the teacher's support decides, without labels.",
+    )
+    margin: float = Field(
+        default=0.03, ge=0, le=1, description="Accuracy that a benchmark may lose at most, with 95% confidence."
+    )

@@ -1,14 +1,15 @@
 """Stage: the rows of the training data as they are, each image looked at; nothing is judged yet."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from tasks.adapters.dataset import QUARANTINE, ROWS
-from tasks.adapters.importers import SourceRow, count_rows, import_row, read_source
+from tasks.adapters.dataset import QUARANTINE, ROWS, SEEN, SeenRow
+from tasks.adapters.importers import SourceRow, count_rows, import_row, read_source, row_digest
 from tasks.adapters.parallel import in_order
 from tasks.adapters.store import Outcome
 from tasks.adapters.tables import write_rows
-from tasks.artifacts import BadRow, ImportedRow, Job
+from tasks.artifacts import ArtifactRef, BadRow, ImportedRow, Job
 from tasks.stage import RunContext, stage
 
 
@@ -16,10 +17,13 @@ class ImportDataJob(Job):
     """Import a training dataset."""
 
     stage: ClassVar[str] = "import_data"
+    version: ClassVar[int] = 2
 
     source: str
     images: Literal["decode", "header"]
     max_image_pixels: int
+    known: ArtifactRef | None = None
+    """Training set whose rows are passed over, because they were looked at before; None: all rows are new."""
 
     @property
     def title(self) -> str:
@@ -29,7 +33,21 @@ class ImportDataJob(Job):
 
 @stage(ImportDataJob)
 def import_data(job: ImportDataJob, context: RunContext, folder: Path) -> Outcome:
-    """Read every row and look at every image; what is no row at all is set aside."""
+    """Read every new row and look at its images; what is no row at all is set aside."""
+    known = context.dataset.seen(job.known) if job.known is not None else set()
+    seen: list[SeenRow] = []
+    num_known = 0
+
+    def new_rows() -> Iterator[SourceRow | BadRow]:
+        nonlocal num_known
+        for row in read_source(source):
+            digest = row_digest(row)
+            if digest in known:
+                num_known += 1
+                advance(1)
+            else:
+                seen.append(SeenRow(digest=digest))
+                yield row
 
     def look(row: SourceRow | BadRow) -> tuple[ImportedRow | BadRow, tuple[str, ...]]:
         if isinstance(row, BadRow):
@@ -41,7 +59,7 @@ def import_data(job: ImportDataJob, context: RunContext, folder: Path) -> Outcom
     bad: list[BadRow] = []
     dropped: set[str] = set()
     with context.progress(job.title, count_rows(source)) as advance:
-        for row, names in in_order(look, read_source(source), context.image_threads):
+        for row, names in in_order(look, new_rows(), context.image_threads):
             if isinstance(row, BadRow):
                 bad.append(row)
             else:
@@ -50,5 +68,13 @@ def import_data(job: ImportDataJob, context: RunContext, folder: Path) -> Outcom
             advance(1)
     write_rows(folder / ROWS, rows, ImportedRow)
     write_rows(folder / QUARANTINE, bad, BadRow)
-    summary = {"num_rows": len(rows), "num_bad": len(bad), "images": job.images, "dropped_fields": sorted(dropped)}
-    return Outcome(summary=summary)
+    write_rows(folder / SEEN, seen, SeenRow)
+    return Outcome(
+        summary={
+            "num_rows": len(rows),
+            "num_bad": len(bad),
+            "num_known": num_known,
+            "images": job.images,
+            "dropped_fields": sorted(dropped),
+        }
+    )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from PIL import Image
@@ -29,7 +30,6 @@ def predict(job: PredictJob, context: RunContext, folder: Path) -> Outcome:
     """Ask every question of the shard once for each seed."""
     data = context.benchmarks[job.benchmark].data
     samples = data.evaluation(job.data)[job.first : job.last]
-    engine = context.engines.student(job.policy) if job.role == "student" else context.engines.teacher(job.policy)
     requests = [
         SamplingRequest(
             prompt=context.engines.renderer.prompt(
@@ -39,8 +39,10 @@ def predict(job: PredictJob, context: RunContext, folder: Path) -> Outcome:
         )
         for sample in samples
     ]
-    started = time.perf_counter()
-    with context.progress(job.title, len(requests)) as advance:
+    ask = context.engines.asking_teacher() if job.role == "teacher" else nullcontext()
+    with ask, context.progress(job.title, len(requests)) as advance:
+        engine = context.engines.student(job.policy) if job.role == "student" else context.engines.teacher(job.policy)
+        started = time.perf_counter()
         responses = engine.sample(
             requests,
             temperature=job.generation.temperature,
@@ -50,7 +52,7 @@ def predict(job: PredictJob, context: RunContext, folder: Path) -> Outcome:
             max_new_tokens=job.generation.max_new_tokens,
             advance=advance,
         )
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     rows = [
         Prediction(
             sample_id=sample.id,

@@ -96,7 +96,8 @@ def propose_region_shard(job: RegionShardJob, context: RunContext, folder: Path)
     proposals: list[Proposal] = []
     num_passes = 0
     if asked:
-        with context.progress(job.title, len(asked) * expected_passes(job.proposer)) as advance:
+        total = len(asked) * expected_passes(job.proposer)
+        with context.engines.asking_teacher(), context.progress(job.title, total) as advance:
             teacher = Teacher(job, context, advance)
             proposals = teacher.propose(asked)
             num_passes = teacher.num_passes

@@ -50,10 +50,10 @@ def replay(job: ReplayJob, context: RunContext, folder: Path) -> Outcome:
     for row in read_rows(context.store.read(job.rollouts, ROLLOUTS), Rollout):
         groups.setdefault(row.sample_id, []).append(row)
     requests = _requests(job, context, groups)
-    started = time.perf_counter()
-    with context.progress(job.title, len(requests)) as advance:
+    with context.engines.asking_teacher(), context.progress(job.title, len(requests)) as advance:
+        started = time.perf_counter()
         found = iter(context.engines.teacher(job.teacher).score(requests, advance=advance))
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     rows = []
     scores: list[ResponseScores] = []
     for members in groups.values():

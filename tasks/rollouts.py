@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -11,10 +10,11 @@ from tasks.adapters.dataset import by_id
 from tasks.adapters.store import Outcome
 from tasks.adapters.tables import write_rows
 from tasks.adapters.training_data import ROLLOUTS
-from tasks.artifacts import ArtifactRef, Job, Rollout, Sample, digest_json
+from tasks.artifacts import ArtifactRef, Job, Rollout, digest_json
 from tasks.config import EngineFingerprint, PromptConfig, SamplingConfig
 from tasks.ports import SamplingRequest
 from tasks.stage import RunContext, stage
+from tasks.training_set import require_prompts
 from vzero_core.errors import InputError
 
 
@@ -22,10 +22,11 @@ class RolloutsJob(Job):
     """Sample responses to a shard of a round's prompts."""
 
     stage: ClassVar[str] = "rollouts"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     policy: ArtifactRef
-    views: ArtifactRef
+    samples: ArtifactRef
+    """Training set."""
     prompt: PromptConfig
     sampling: SamplingConfig
     engine: EngineFingerprint
@@ -34,10 +35,8 @@ class RolloutsJob(Job):
     prompts_per_round: int
     shard: int
     num_shards: int
-    num_held_out: int = 0
-    """Prompts set aside, so that a checkpoint can be chosen by them."""
     held_out: bool = False
-    """All of these are asked, after the round; else the round's own, which are never among them."""
+    """All prompts that are set aside are asked, after the round; else the round's own, which are never among them."""
 
     @property
     def title(self) -> str:
@@ -49,8 +48,8 @@ class RolloutsJob(Job):
 @stage(RolloutsJob)
 def rollouts(job: RolloutsJob, context: RunContext, folder: Path) -> Outcome:
     """Sample G responses per prompt; each response's randomness is (seed, round, sample, number) alone."""
-    samples = by_id(context.dataset.samples(job.views))
-    training, held_out = split_prompts([sample for _, sample in samples.values()], job.num_held_out, job.seed)
+    samples = by_id(context.dataset.samples(job.samples))
+    training, held_out = context.dataset.split(job.samples)
     chosen = held_out if job.held_out else prompts_of_shard(training, job)
     # Checkpoints are compared on the same draws.
     number: int | str = "held out" if job.held_out else job.round
@@ -107,42 +106,6 @@ def rollouts(job: RolloutsJob, context: RunContext, folder: Path) -> Outcome:
         },
         measured={"tokens_per_second": num_tokens / seconds, **context.engines.gpu_seconds("student", seconds)},
     )
-
-
-def split_prompts(samples: Sequence[Sample], num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
-    """Set prompts aside, with all prompts of the same image.
-
-    Args:
-        samples: all training samples.
-        num_held_out: so many are set aside at least.
-        seed: of the run.
-
-    Returns:
-        Ids of the samples to train on, and of those set aside.
-    """
-    by_image: dict[str, list[str]] = defaultdict(list)
-    for sample in samples:
-        by_image[sample.image.sha256 or sample.image.uri].append(sample.id)
-    held_out: list[str] = []
-    for image in sorted(by_image, key=lambda image: digest_json([seed, image, "held out"])):
-        if len(held_out) >= num_held_out:
-            break
-        held_out += sorted(by_image[image])
-    aside = set(held_out)
-    return [sample.id for sample in samples if sample.id not in aside], held_out
-
-
-def require_prompts(sample_ids: Sequence[str], prompts_per_round: int) -> None:
-    """Make sure that there are as many samples to train on as a round needs.
-
-    Raises:
-        InputError: there are not.
-    """
-    if len(sample_ids) < prompts_per_round:
-        raise InputError(
-            "rounds.prompts_per_round must be at most the number of samples that selection.num_prompts leaves, got "
-            f"{prompts_per_round} and {len(sample_ids)} samples; lower one of the two or add samples"
-        )
 
 
 def prompts_of_shard(sample_ids: Sequence[str], job: RolloutsJob) -> list[str]:

@@ -2,14 +2,18 @@
 
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 import torch
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
+from prefect.context import TaskRunContext
+from prefect.exceptions import ObjectNotFound
 
 from tasks.adapters.dataset import Dataset
 from tasks.adapters.models import model_folder
@@ -27,6 +31,19 @@ from tasks.config import InProcessEngine, ModelConfig, PlacementConfig
 from tasks.ports import Advance, PolicyEngine
 
 log = logging.getLogger("vzero.serve")
+
+LEASE_SECONDS = 60
+"""After so long at most, and Prefect's least, the place of a run that was killed is free again."""
+
+
+def teacher_limit(url: str) -> str:
+    """Give the name of the Prefect concurrency limit of an attached teacher server.
+
+    Args:
+        url: http://HOST:PORT, as in the configuration.
+    """
+    # Prefect takes no slash in a name.
+    return f"vzero-teacher-{url.partition('://')[2]}"
 
 
 class Engines:
@@ -129,6 +146,23 @@ class Engines:
         teacher.load_weights(folder, model.digest)
         return teacher
 
+    @contextmanager
+    def asking_teacher(self) -> Iterator[None]:
+        """Hold a place at every attached teacher server while it is asked; other runs wait for theirs.
+
+        Nothing is held where the run starts its own servers, or where there is no limit (`python -m flows.deploy`).
+        """
+        if TaskRunContext.get() is None:
+            yield
+        else:
+            with concurrency(self._teacher_limits, lease_duration=LEASE_SECONDS):
+                yield
+
+    @cached_property
+    def _teacher_limits(self) -> list[str]:
+        names = [teacher_limit(url) for url in self._placement.teacher_servers.urls]
+        return [name for name in names if _has_limit(name)]
+
     def gpu_seconds(self, work: Role | Literal["trainer"], seconds: float) -> dict[str, float]:
         """Give what a stage cost on GPUs, as a measured figure; none where it took place on CPU, or on others' servers.
 
@@ -184,3 +218,12 @@ class Engines:
         if checkpoint is not None and not checkpoint.pruned:
             return fetch_state(self._store, checkpoint.ref, self._work_dir) / "model"
         return self.trainer.train(TrainJob.model_validate(self._store.manifest(policy).job)).folder / "model"
+
+
+def _has_limit(name: str) -> bool:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            return False
+    return True

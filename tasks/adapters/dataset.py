@@ -18,6 +18,8 @@ SAMPLES, QUARANTINE, MODELS = "samples.parquet", "quarantine.parquet", "models.j
 ROWS, FACTS, FINDINGS, LIMITS = "rows.parquet", "facts.parquet", "findings.parquet", "limits.json"
 FINGERPRINTS = "fingerprints.parquet"
 VIEW_SHARDS = "shards.json"
+HELD_OUT_IDS = "held_out.json"
+SEEN = "seen.parquet"
 VIEWS_PER_FILE = 32
 """A round reads those of its prompts only, so files are small."""
 VIEW_FILES_KEPT = 64
@@ -46,6 +48,13 @@ class ViewShard(Record):
 
     ref: ArtifactRef
     num_samples: int
+    positions: tuple[int, ...] | None = Field(default=None, description="Rows of it that are meant; None: all.")
+
+
+class SeenRow(Record):
+    """A row of the data that was looked at, good or bad."""
+
+    digest: str
 
 
 def views_file(position: int) -> str:
@@ -75,6 +84,16 @@ class Dataset:
         if ref.digest not in self._samples:
             self._samples[ref.digest] = read_rows(self._store.read(ref, SAMPLES), Sample)
         return self._samples[ref.digest]
+
+    def seen(self, ref: ArtifactRef) -> set[str]:
+        """Give the digests of the rows that were looked at, by an import or for a training set."""
+        return {row.digest for row in read_rows(self._store.read(ref, SEEN), SeenRow)}
+
+    def split(self, ref: ArtifactRef) -> tuple[list[str], list[str]]:
+        """Give the ids of a training set's samples that are trained on, and of those that checkpoints are asked."""
+        held_out: list[str] = json.loads(self._store.read(ref, HELD_OUT_IDS))
+        aside = set(held_out)
+        return [sample.id for sample in self.samples(ref) if sample.id not in aside], held_out
 
     def evaluation(self, ref: ArtifactRef) -> list[EvaluationSample]:
         """Give all evaluation questions, in the order of their table."""
@@ -114,6 +133,8 @@ class Dataset:
             if position < shard.num_samples:
                 break
             position -= shard.num_samples
+        if shard.positions is not None:
+            position = shard.positions[position]
         name = views_file(position)
         key = (shard.ref.digest, name)
         if key not in self._views:

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from tasks.adapters.dataset import SAMPLES
-from tasks.adapters.statistics import Comparison, Outcomes, compare
+from tasks.adapters.statistics import Comparison, Outcomes, compare, lower_bound
 from tasks.adapters.store import Store
 from tasks.adapters.tables import read_rows
 from tasks.artifacts import ArtifactRef, EvaluationSample, Job, Role, Score
@@ -141,3 +141,8 @@ def comparable(first: EvaluateJob, second: EvaluateJob) -> bool:
 def compare_evaluations(store: Store, before: ArtifactRef, after: ArtifactRef) -> Comparison:
     """Compare two `comparable` evaluations, question by question."""
     return compare(read_outcomes(store, before)[1], read_outcomes(store, after)[1])
+
+
+def least_gain(store: Store, before: ArtifactRef, after: ArtifactRef) -> float:
+    """Give how much accuracy a student gains at least on two `comparable` evaluations, with 95% confidence."""
+    return lower_bound(read_outcomes(store, before)[1], read_outcomes(store, after)[1])

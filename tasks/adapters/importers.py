@@ -1,13 +1,15 @@
 """Rows of a dataset, one at a time. Only the fields that its format names enter: an answer is dropped at this door."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from tasks.adapters.files import stat
 from tasks.adapters.formats import (
     FORMATS,
     BoxUnit,
@@ -22,7 +24,7 @@ from tasks.adapters.formats import (
     to_pixels,
 )
 from tasks.adapters.images import ImageReader
-from tasks.adapters.row_files import count_of, files_of, is_folder, opened, rows_of, suffix_of
+from tasks.adapters.row_files import count_of, existing, files_of, is_folder, opened, rows_of, suffix_of
 from tasks.artifacts import KEY_LENGTH, BadRow, ImageRef, ImportedRow, digest_json
 from tasks.config import FileData, SmallWorldData
 from tasks.small_world.dataset import write_dataset
@@ -32,6 +34,8 @@ from vzero_core.views import Box
 NUM_NAMED = 5
 """Bad rows that a message names; all of them stand in the quarantine table."""
 
+_WHERE = re.compile(r"\A\S+ row \d+: ")
+"""What the reason of a bad row begins with where there are several files."""
 _CHUNK = 1 << 20
 _BATCH_ROWS = 1024
 _STAT_THREADS = 16
@@ -164,28 +168,68 @@ def import_row(row: SourceRow, images: ImageReader, *, decode: bool) -> Imported
     )
 
 
+def check_rows(source: FileData) -> None:
+    """Make sure that every row of a dataset can be read, images left aside.
+
+    Raises:
+        InputError: one cannot; the first ones are named.
+    """
+    bad = [row for row in read_source(source) if isinstance(row, BadRow)]
+    if bad:
+        raise InputError(f"rows must have the form of {source.kind}, {len(bad)} have not:\n{name_bad_rows(bad)}")
+
+
 def count_rows(source: FileData) -> int:
     """Count the rows of a dataset, good or bad: from Parquet's metadata, else by one pass over the file."""
     return sum(count_of(url, FORMATS[source.kind]) for url in files_of(source))
 
 
-def source_digest(source: FileData, images: ImageReader) -> str:
+def source_digest(source: FileData, images: ImageReader, known: Set[str] = frozenset()) -> str:
     """Digest of a dataset before it is validated: its rows, and size and ETag or date of every image they name.
 
     Text files count with their whole content; Parquet files with the rows as they are read, since they may embed
     gigabytes of images: these count with the size and date of their file.
+
+    Args:
+        source: the dataset.
+        images: reads its images.
+        known: digests of rows that are passed over; where there are any, all others count as they are read.
 
     Raises:
         InputError: as `read_source`.
     """
     state = hashlib.sha256()
     for url in files_of(source):
-        if suffix_of(url, FORMATS[source.kind]) != ".parquet":
+        if not known and suffix_of(url, FORMATS[source.kind]) != ".parquet":
             for chunk in content_of(url):
                 state.update(chunk)
-    for part in stamped(read_source(source), images):
+    for part in stamped((row for row in read_source(source) if row_digest(row) not in known), images):
         state.update(part)
     return state.hexdigest()[:KEY_LENGTH]
+
+
+def row_digest(row: SourceRow | BadRow) -> str:
+    """Name a row by what it says, whichever file and line it stands in; a row without an id has these for its id."""
+    if isinstance(row, BadRow):
+        return digest_json([row.id, _WHERE.sub("", row.reason)])
+    images = (row.image, row.detail_image, row.positive_image, row.negative_image)
+    return digest_json([row.id, row.question, row.region, row.unit, images])
+
+
+def data_version(source: SmallWorldData | FileData) -> str:
+    """Name the state of a dataset by its files, of which none is read: names, sizes, and ETags or dates.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    if isinstance(source, SmallWorldData):
+        return digest_json(source.model_dump())
+    found = []
+    for url in files_of(source):
+        with existing(url):
+            pinned = stat(url)
+        found.append([url.rsplit("/", 1)[-1], pinned.size, pinned.etag])
+    return digest_json([source.kind, found])
 
 
 class NamesImages(Protocol):

@@ -95,11 +95,20 @@ def _stat(pid: int) -> _Stat | None:
 
 def is_marked(pid: int, marker: str) -> bool:
     """Tell whether a process, or what it comes from, was started with a guard's marker."""
+    return f"{_MARKER}={marker}".encode() in _words(pid, "environ")
+
+
+def is_guarded(pid: int) -> bool:
+    """Tell whether a process is a guard, or one that a guard will end."""
+    marked = any(word.startswith(f"{_MARKER}=".encode()) for word in _words(pid, "environ"))
+    return marked or b"tasks.adapters.process_guard" in _words(pid, "cmdline")
+
+
+def _words(pid: int, what: str) -> list[bytes]:
     try:
-        environment = Path(f"/proc/{pid}/environ").read_bytes()
+        return Path(f"/proc/{pid}/{what}").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return False
-    return f"{_MARKER}={marker}".encode() in environment.split(b"\0")
+        return []
 
 
 def end_session(session: int) -> None:

@@ -51,7 +51,7 @@ def build_page(job: ReportJob, store: Store, dataset: Dataset, benchmarks: Mappi
         selection_charts=selection_charts(store, job.criteria, chosen),
         gate=gate,
         gate_charts=gate_charts(figures, gate),
-        galleries=choose_prompts(store, dataset, job.rounds, views=job.views, gate=gate),
+        galleries=choose_prompts(store, dataset, job.rounds, views=job.training_set, gate=gate),
         shade=GAP_STEP if isinstance(gate, GateConfig) else LOGPROB_STEP,
         max_level=MAX_LEVEL,
         full_weight=gate.w_max if isinstance(gate, GateConfig) else 1.0,

@@ -72,7 +72,7 @@ def rows_of(url: str, form: Format[Any], root: str) -> Iterator[tuple[int, Any]]
 def count_of(url: str, form: Format[Any]) -> int:
     """Give the number of rows of a file other than TSV, good or bad."""
     if suffix_of(url, form) == ".parquet":
-        with _existing(url), open_parquet(url) as parquet:
+        with existing(url), open_parquet(url) as parquet:
             return int(parquet.metadata.num_rows)
     if suffix_of(url, form) == ".json":
         return sum(1 for _ in _array_rows(url))
@@ -87,7 +87,7 @@ def opened(url: str) -> Iterator[BinaryIO]:
     Raises:
         InputError: it is missing, or not UTF-8.
     """
-    with _existing(url), open_file(url) as file:
+    with existing(url), open_file(url) as file:
         start = file.read(4)
         for mark, name in _NOT_UTF_8.items():
             if start.startswith(mark):
@@ -97,7 +97,12 @@ def opened(url: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _existing(url: str) -> Iterator[None]:
+def existing(url: str) -> Iterator[None]:
+    """Say of a file of data that it is missing, where one is met.
+
+    Raises:
+        InputError: there is none.
+    """
     try:
         yield
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -290,7 +295,7 @@ class _JsonText:
 def _parquet_rows(url: str, form: Format[Any], root: str) -> Iterator[tuple[int, Any]]:
     """Read the columns that the format names; embedded images are named, not read."""
     number = 0
-    with _existing(url), open_parquet(url) as parquet:
+    with existing(url), open_parquet(url) as parquet:
         leaves = [parquet.schema.column(index) for index in range(len(parquet.schema))]
         names = dict.fromkeys(parquet.schema_arrow.names)
         bytes_of = {

@@ -32,7 +32,7 @@ class ReportJob(Job):
     """Report on a run."""
 
     stage: ClassVar[str] = "report"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     name: str
     config: dict[str, Any]
@@ -40,6 +40,8 @@ class ReportJob(Job):
     docs: ArtifactRef
     regions: ArtifactRef | None
     views: ArtifactRef
+    """Crops of the new samples."""
+    training_set: ArtifactRef
     rounds: tuple[RoundRefs, ...]
     evaluations: tuple[Evaluation, ...]
     criteria: tuple[ArtifactRef, ...]

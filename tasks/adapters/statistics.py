@@ -119,11 +119,7 @@ def compare(first: Outcomes, second: Outcomes) -> Comparison:
         Psychometrika 1947; Newcombe, "Improved confidence intervals for the difference between binomial proportions
         based on paired data", Statistics in Medicine 1998.
     """
-    if not (np.array_equal(first.question, second.question) and np.array_equal(first.group, second.group)):
-        raise InputError(
-            f"answers that are compared must be to the same questions in the same order, got {len(first.question)} "
-            f"and {len(second.question)} answers to others; evaluate both on the same data with the same seeds"
-        )
+    _require_same(first, second)
     gained, lost = second.correct & ~first.correct, first.correct & ~second.correct
     num_gained, num_lost = int(gained.sum()), int(lost.sum())
     tally = _Tally(first, gained.astype(int) - lost)
@@ -147,6 +143,35 @@ def compare(first: Outcomes, second: Outcomes) -> Comparison:
         num_gained=num_gained,
         num_lost=num_lost,
     )
+
+
+def lower_bound(first: Outcomes, second: Outcomes) -> float:
+    """Give how much the second one gains at least (negative: loses at most), with 95% confidence on this one side.
+
+    The lower bound of the share gained and the upper one of the share lost are put together (Newcombe's
+    square-and-add), so it is sensible also where nothing was gained or lost; questions count as `estimate` has them.
+
+    Args:
+        first: at least one row.
+        second: the same rows in the same order.
+
+    Raises:
+        InputError: the rows are not the same.
+
+    Source: Newcombe, as for `compare`; Wellek, "Testing Statistical Hypotheses of Equivalence and Noninferiority",
+        2010.
+    """
+    _require_same(first, second)
+    gained, lost = second.correct & ~first.correct, first.correct & ~second.correct
+    return _square_and_add(_Tally(first, gained), _Tally(first, lost), 2 * _CONFIDENCE - 1)[0]
+
+
+def _require_same(first: Outcomes, second: Outcomes) -> None:
+    if not (np.array_equal(first.question, second.question) and np.array_equal(first.group, second.group)):
+        raise InputError(
+            f"answers that are compared must be to the same questions in the same order, got {len(first.question)} "
+            f"and {len(second.question)} answers to others; evaluate both on the same data with the same seeds"
+        )
 
 
 class _Tally:
@@ -207,20 +232,20 @@ def _interval(resampled: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wilson(share: float, number: int) -> tuple[float, float]:
+def _wilson(share: float, number: int, confidence: float = _CONFIDENCE) -> tuple[float, float]:
     """Give Wilson's interval; a number of successes that is not whole lies between two that are."""
     # Rounded first: 0.29 * 100 is less than 29.
     successes = round(share * number, 6)
     low, high = (
-        binomtest(count, number).proportion_ci(_CONFIDENCE, "wilson")
+        binomtest(count, number).proportion_ci(confidence, "wilson")
         for count in (math.floor(successes), math.ceil(successes))
     )
     return float(low.low), float(high.high)
 
 
-def _square_and_add(gained: _Tally, lost: _Tally) -> tuple[float, float]:
-    gained_low, gained_high = _wilson(gained.score, gained.num_effective)
-    lost_low, lost_high = _wilson(lost.score, lost.num_effective)
+def _square_and_add(gained: _Tally, lost: _Tally, confidence: float = _CONFIDENCE) -> tuple[float, float]:
+    gained_low, gained_high = _wilson(gained.score, gained.num_effective, confidence)
+    lost_low, lost_high = _wilson(lost.score, lost.num_effective, confidence)
     difference = gained.score - lost.score
     return (
         difference - math.hypot(gained.score - gained_low, lost_high - lost.score),

@@ -233,9 +233,8 @@ class Store:
         found = self.find(job.stage, job.key)
         if found is not None and not found.pruned:
             return found.ref
-        self._work_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{job.stage}-", dir=self._work_dir) as name:
-            folder = Path(name) / "files"
+        with self.scratch(job.stage) as place:
+            folder = place / "files"
             folder.mkdir()
             started, cpu_started = time.perf_counter(), time.process_time()
             outcome = make(folder)
@@ -243,6 +242,13 @@ class Store:
             # Of all threads of this process, whichever artefact they work for.
             outcome.measured["cpu_seconds"] = time.process_time() - cpu_started
             return self._commit(job, folder, outcome, revive=found is not None)
+
+    @contextmanager
+    def scratch(self, title: str) -> Iterator[Path]:
+        """Give an empty local folder, which goes at the end."""
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{title}-", dir=self._work_dir) as name:
+            yield Path(name)
 
     def _commit(self, job: Job, folder: Path, outcome: Outcome, *, revive: bool) -> ArtifactRef:
         attempt = uuid.uuid4().hex

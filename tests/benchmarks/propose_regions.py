@@ -104,6 +104,7 @@ def run_config(folder: Path, name: str, seed: int) -> RunConfig:
             "data": {"source": source},
             "selection": {"num_prompts": 0},
             "store": {"url": str(folder / "store")},
+            "publish": {"url": None},
             "placement": {"work_dir": str(folder / "work"), "threads": 1},
         }
     )

@@ -112,6 +112,7 @@ def main() -> None:
             context = RunContext(
                 store=store,
                 data=nothing,
+                data_version="v",
                 compared={},
                 dataset=Dataset(store, reader),
                 benchmarks={},

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from flows.config import RunConfig
 from flows.full_pipeline import vzero
+from flows.retrain import retrain
 from flows.summary import RunResult
 from tasks.adapters.files import StoreError, filesystem, read_bytes
 from tasks.adapters.lakefs_repo import LakeFSRepo
@@ -56,7 +57,13 @@ class Lake:
         root = f"lakefs://{self.name}/main/data"
         files = {"path": f"{root}/train.jsonl", "evaluation_path": f"{root}/eval.jsonl", "image_root": root}
         data = {"source": {"kind": "jsonl", **files}, "compare_with": [f"{root}/eval.jsonl"]}
-        values = {"data": data, "outputs": {"repository": self.name, "publish": True}, **changes}
+        values = {
+            "data": data,
+            "outputs": {"repository": self.name, "publish": True},
+            "publish": {"url": self.published},
+            "retrain": {"min_new": 8, "margin": 1.0},
+            **changes,
+        }
         return small_config(self.folder, rounds={"num_rounds": 1}, **values)
 
     def run(self, **changes: Any) -> RunResult:
@@ -64,12 +71,17 @@ class Lake:
         return result
 
     @property
+    def published(self) -> str:
+        """Where students are published; each repository has its own champion."""
+        return str(self.folder / "published" / self.name)
+
+    @property
     def store(self) -> Store:
         return Store(str(self.folder / "store"), self.folder / "work")
 
     def commit(self, result: RunResult) -> Commit:
-        assert result.commit is not None
-        return self.kept.commits[result.commit]
+        assert result.published.commit is not None
+        return self.kept.commits[result.published.commit]
 
     def manifest(self, result: RunResult) -> Manifest:
         """What the stage left that made a run's commit."""
@@ -201,31 +213,52 @@ def test_what_is_published_is_merged_and_the_champion(published: Published) -> N
     assert len(kept.commits) == 5
 
 
-def test_new_data_give_a_new_champion_and_the_same_data_nothing(published: Published, tmp_path: Path) -> None:
+def test_new_data_are_learned_and_only_a_better_student_is_champion(published: Published, tmp_path: Path) -> None:
     lake, first = published.lake, published.result
-    second = lake.run()
+    heads = published.kept.branches["main"], lake.kept.branches["main"]
+    # The second small world came to the place of the first, so nothing old can be learned again.
+    config = lake.config(retrain={"min_new": 8, "margin": 1.0, "replay_share": 0.0})
+    second = retrain(config)
+    assert isinstance(second, RunResult)
     assert lake.sample_ids(second) == [f"train-2-{number:05d}" for number in range(16)]
     assert second.policy.digest != first.policy.digest
-    assert lake.kept.tags == {"champion": second.commit}
-    assert lake.commit(second).parents == (published.kept.branches["main"],)
+    assert lake.commit(second).parents == (heads[1],)
     assert len(lake.kept.branches) == 3
+    better = second.published.champion == second.published.version
     main = lake.kept.commits[lake.kept.branches["main"]]
-    assert main.parents == (*lake.commit(second).parents, second.commit)
-    assert main.files == lake.commit(second).files
-    # `main` moved on by the merge, yet the data are the same.
+    if better:
+        assert lake.kept.tags == {"champion": second.published.commit}
+        assert main.parents == (*lake.commit(second).parents, second.published.commit)
+        assert main.files == lake.commit(second).files
+    else:
+        assert lake.kept.tags == {"champion": first.published.commit}
+        assert main.id == heads[1]
+    # `main` may have moved on by the merge, yet the data are the same.
     commits = dict(lake.kept.commits)
-    again = lake.run()
-    assert again.commit == second.commit
-    assert lake.kept.commits == commits
-    assert not [stage.stage for stage in again.stages if stage.num_reused < stage.num_artifacts]
+    assert retrain(config, return_state=True).message.startswith("no new data")
+    # A run from the beginning is committed, and takes nobody's place.
+    other = lake.run(seed=1)
+    assert other.published.champion == (second if better else first).published.version
+    assert lake.kept.commits.keys() - commits.keys() == {other.published.commit}
 
+    champion = second if better else first
     fs, path = filesystem(f"lakefs://{lake.name}/champion/vzero/model")
     fs.get(path, f"{tmp_path / 'model'}", recursive=True)
-    checkpoint = Path(second.checkpoint)
+    checkpoint = Path(champion.checkpoint)
     assert contents(tmp_path / "model") == contents(checkpoint)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", local_files_only=True).state_dict()
     tensors = load_file(checkpoint / "model.safetensors")
     assert not [name for name, tensor in tensors.items() if not torch.equal(loaded[name], tensor)]
+
+
+def test_the_same_data_give_no_further_commit(lake: Lake) -> None:
+    lake.push(1)
+    first = lake.run()
+    commits = dict(lake.kept.commits)
+    again = lake.run()
+    assert again.published.commit == first.published.commit
+    assert lake.kept.commits == commits
+    assert not [stage.stage for stage in again.stages if stage.num_reused < stage.num_artifacts]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -238,7 +271,7 @@ def test_without_publish_main_and_champion_stay(lake: Lake) -> None:
     result = lake.run(outputs={"repository": lake.name, "publish": False})
     assert lake.commit(result).parents == (data,)
     (branch,) = lake.kept.branches.keys() - {"main"}
-    assert lake.kept.branches == {"main": data, branch: result.commit}
+    assert lake.kept.branches == {"main": data, branch: result.published.commit}
     assert lake.kept.tags == {"champion": data}
 
 
@@ -252,7 +285,7 @@ def test_a_run_whose_merge_was_refused_goes_on_from_its_commit(lake: Lake) -> No
     assert not lake.kept.tags
     LakeFSRepo(lake.name).commit("main", "notes", {})
     result = lake.run()
-    assert result.commit == head == lake.kept.branches[branch]
+    assert result.published.commit == head == lake.kept.branches[branch]
     assert lake.kept.tags == {"champion": head}
     main = lake.kept.commits[lake.kept.branches["main"]]
     assert {"notes.txt", "vzero/report.html"} <= main.files.keys()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -72,7 +72,10 @@ class World:
             dataset=self.dataset,
             progress=self._progress,
             engines=SimpleNamespace(
-                teacher=lambda _: self.teacher, renderer=PromptProcessor(model), teacher_path=teacher_path
+                teacher=lambda _: self.teacher,
+                asking_teacher=nullcontext,
+                renderer=PromptProcessor(model),
+                teacher_path=teacher_path,
             ),
         )
 

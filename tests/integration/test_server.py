@@ -30,8 +30,8 @@ with prefect_server(Path(sys.argv[1])) as url:
 RUN = """
 import sys
 from pathlib import Path
-from flows import full_pipeline
-full_pipeline.PROJECT = Path(sys.argv[1])
+from flows import command, full_pipeline
+command.PROJECT = Path(sys.argv[1])
 sys.exit(full_pipeline.main(["--config", sys.argv[2]]))
 """
 

@@ -49,6 +49,7 @@ from tasks.replay import ReplayJob
 from tasks.report import Evaluation, ReportJob, RoundRefs, report
 from tasks.rollouts import RolloutsJob
 from tasks.selection import CriteriaJob, SelectJob
+from tasks.training_set import TrainingSetJob
 from tasks.validate import ValidateJob
 from vzero_core.config import Gate, GateConfig, PolicyGradientLoss, ViewConfig, required_views
 from vzero_core.views import Box
@@ -139,6 +140,7 @@ class Run:
             docs=self._put(DataDocsJob(samples=self.samples), {}, {}),
             regions=None,
             views=self.views,
+            training_set=self.training_set,
             rounds=tuple(rounds),
             evaluations=tuple(self._evaluations(states, num_correct, chosen or num_rounds)),
             criteria=tuple(criteria),
@@ -215,9 +217,10 @@ class Run:
             Finding(name="image is in no evaluation data", expectation="e", severity="critical", num_rows=0),
             Finding(name="licence is named", expectation="e", severity="warning", num_rows=2),
         ]
+        imported = self._put(ImportDataJob(source="s", images="decode", max_image_pixels=10**6), {}, {})
         self.samples = self._put(
             ValidateJob(
-                rows=self._put(ImportDataJob(source="s", images="decode", max_image_pixels=10**6), {}, {}),
+                rows=imported,
                 models=self._put(CheckModelsJob(student=self.teacher, teacher=self.teacher, prompt=PROMPT), {}, {}),
                 compared=(),
                 prompt=PromptConfig(),
@@ -253,6 +256,12 @@ class Run:
             {"num_samples": len(samples), "num_bad": 0},
             files={VIEW_SHARDS: rows},
         )
+        self.training_set = self._put(
+            TrainingSetJob(rows=imported, views=self.views, previous=None, replay_share=0.0, num_held_out=0, seed=0),
+            {SAMPLES: (samples, Sample)},
+            {"num_samples": len(samples), "num_new": len(samples), "num_replayed": 0, "num_held_out": 0},
+            files={VIEW_SHARDS: rows},
+        )
 
     def _round(self, number: int, policy: ArtifactRef) -> RoundRefs:
         rollouts, replays = self._sampled(number, policy, held_out=False)
@@ -264,7 +273,7 @@ class Run:
         )
         job = TrainJob(
             policy=policy,
-            samples=self.views,
+            samples=self.training_set,
             rollouts=(rollouts,),
             replays=(replays,),
             gate=gate,
@@ -291,7 +300,7 @@ class Run:
         rollouts = self._put(
             RolloutsJob(
                 policy=policy,
-                views=self.views,
+                samples=self.training_set,
                 prompt=PROMPT,
                 sampling=SamplingConfig(num_responses=2),
                 engine=ENGINE,
@@ -311,7 +320,7 @@ class Run:
             ReplayJob(
                 teacher=self.teacher,
                 rollouts=rollouts,
-                views=self.views,
+                views=self.training_set,
                 prompt=PROMPT,
                 replayed=views,
                 target="positive",

@@ -19,6 +19,7 @@ def small_config(folder: Path, **changes: Any) -> RunConfig:
         "evaluate": {"every": 2},
         "selection": {"num_prompts": 8, "num_responses": 2, "every": 2},
         "store": {"url": str(folder / "store")},
+        "publish": {"url": str(folder / "published")},
         "placement": {"work_dir": str(folder / "work"), "threads": 1},
     }
     for name, value in changes.items():

@@ -332,6 +332,7 @@ class Run:
         self.context = RunContext(
             store=self.world.store,
             data=unused,
+            data_version="v",
             compared={},
             dataset=self.world.dataset,
             benchmarks={},

@@ -77,6 +77,7 @@ class World:
         self.context: Any = RunContext(
             store=self.store,
             data=SimpleNamespace(),  # type: ignore[arg-type]
+            data_version="v",
             compared={},
             dataset=Dataset(self.store, self.reader),
             benchmarks={},

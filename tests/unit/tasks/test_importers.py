@@ -21,12 +21,15 @@ from tasks.adapters.files import StoreUnavailableError
 from tasks.adapters.images import ImageReader
 from tasks.adapters.importers import (
     SourceRow,
+    check_rows,
     count_rows,
+    data_version,
     image_root,
     import_row,
     locate,
     name_bad_rows,
     read_source,
+    row_digest,
     source_digest,
 )
 from tasks.artifacts import BadRow
@@ -526,3 +529,69 @@ def test_of_many_bad_rows_the_first_are_named() -> None:
     assert "reason 6" not in text
     assert "... and 2 more" in text
     assert "more" not in name_bad_rows(bad[:5])
+
+
+def named(source: FileData) -> list[str]:
+    return [row_digest(row) for row in read_source(source)]
+
+
+def test_a_row_is_the_same_in_another_line_and_another_file(tmp_path: Path) -> None:
+    bad = {"id": "z", "image": "a.png"}
+    before = named(jsonl(tmp_path, [GOOD, bad]))
+    assert named(jsonl(tmp_path, [GOOD | {"id": "new"}, bad, GOOD]))[1:] == before[::-1]
+    folder = tmp_path / "several"
+    for name, rows in (("x", [GOOD | {"id": "new"}]), ("y", [bad, GOOD])):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    source = FileData(kind="jsonl", path=str(folder), image_root=str(tmp_path), license="CC")
+    assert named(source)[1:] == before[::-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"id": "b"}, {"image": "b.png"}, {"question": "who?"}, {"region": [1, 2, 3, 5]}, {"detail_image": "a.png"}],
+)
+def test_a_row_that_says_something_else_is_another_one(tmp_path: Path, change: dict[str, Any]) -> None:
+    first, second = named(jsonl(tmp_path, [GOOD, GOOD | change]))
+    assert first != second
+
+
+def test_an_answer_is_no_part_of_a_row(tmp_path: Path) -> None:
+    first, second = named(jsonl(tmp_path, [GOOD, GOOD | {"answer": SECRET}]))
+    assert first == second
+
+
+def test_the_digest_of_what_is_new_does_not_see_what_is_known(tmp_path: Path) -> None:
+    reader = ImageReader(str(tmp_path), 1000)
+    new = GOOD | {"id": "new"}
+    known = {*named(jsonl(tmp_path, [GOOD]))}
+    once = source_digest(jsonl(tmp_path, [GOOD, new]), reader, known)
+    # In the place of a known row, or without it, the new one is what it was; its line counts as it is read.
+    assert source_digest(jsonl(tmp_path, [GOOD | {"answer": SECRET}, new]), reader, known) == once
+    assert source_digest(jsonl(tmp_path, [GOOD, new | {"question": "who?"}]), reader, known) != once
+
+
+def test_the_version_of_the_data_is_their_listing(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_jsonl(folder / "x.jsonl", [GOOD])
+    source = FileData(kind="jsonl", path=str(folder))
+    versions = [data_version(source)]
+    assert data_version(source) == versions[0]
+    write_jsonl(folder / "y.jsonl", [GOOD])
+    versions.append(data_version(source))
+    (folder / "y.jsonl").rename(folder / "z.jsonl")
+    versions.append(data_version(source))
+    write_jsonl(folder / "z.jsonl", [GOOD, GOOD])
+    versions.append(data_version(source))
+    assert len(set(versions)) == 4
+    # Another file beside them is none of the data's.
+    save(folder / "notes.txt", b"hello")
+    assert data_version(source) == versions[-1]
+    with pytest.raises(InputError, match="there is no such file"):
+        data_version(FileData(kind="jsonl", path=str(tmp_path / "gone.jsonl")))
+    assert data_version(SmallWorldData()) != data_version(SmallWorldData(num_prompts=2000))
+
+
+def test_rows_are_checked_without_their_images(tmp_path: Path) -> None:
+    check_rows(jsonl(tmp_path, [GOOD | {"image": "gone.png"}]))
+    with pytest.raises(InputError, match=r"rows must have the form of jsonl, 1 have not:\n  row 2 \(z\)"):
+        check_rows(jsonl(tmp_path, [GOOD, {"id": "z", "image": "a.png"}]))

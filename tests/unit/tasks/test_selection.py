@@ -6,8 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.artifacts import ImageRef, Sample
-from tasks.rollouts import split_prompts
 from tasks.selection import Candidate, PromptCriteria, choose, explain, trend
 
 
@@ -86,31 +84,3 @@ def test_the_trend_is_the_slope_of_the_last_half() -> None:
     assert trend(rounds, "support") == pytest.approx(0.2)
     assert trend(rounds, "evidence_score") == pytest.approx(-0.2)
     assert trend(rounds[:2], "support") is None
-
-
-def sample(name: str, image: str) -> Sample:
-    ref = ImageRef(uri=image, width=8, height=8, size_bytes=1, sha256=image * 64)
-    return Sample(id=name, image=ref, question="q")
-
-
-SAMPLES = [sample(f"{image}{number}", image) for image in "abcdef" for number in range(3)]
-
-
-def test_prompts_of_one_image_are_set_aside_together() -> None:
-    training, held_out = split_prompts(SAMPLES, 4, seed=0)
-    # Two images of three prompts each: four prompts cut the second one, so it goes as a whole.
-    assert len(held_out) == 6
-    assert sorted(training + held_out) == sorted(found.id for found in SAMPLES)
-    assert {name[0] for name in training}.isdisjoint({name[0] for name in held_out})
-
-
-def test_what_is_set_aside_depends_on_the_seed_and_not_on_the_order() -> None:
-    chosen = {tuple(split_prompts(SAMPLES, 6, seed)[1]) for seed in range(8)}
-    assert len(chosen) > 1
-    assert split_prompts(SAMPLES[::-1], 6, 0)[1] == split_prompts(SAMPLES, 6, 0)[1]
-    # More of them are the same ones, and others.
-    assert split_prompts(SAMPLES, 9, 0)[1][:6] == split_prompts(SAMPLES, 6, 0)[1]
-
-
-def test_nothing_is_set_aside_where_nothing_is_asked_for() -> None:
-    assert split_prompts(SAMPLES, 0, 0) == ([found.id for found in SAMPLES], [])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.adapters.statistics import Comparison, Outcomes, compare, estimate
+from tasks.adapters.statistics import Comparison, Outcomes, compare, estimate, lower_bound
 from vzero_core.errors import InputError
 
 Z = NormalDist().inv_cdf(0.975)
@@ -398,3 +398,50 @@ def test_a_verdict_is_at_5_percent() -> None:
     assert verdict(0.1, 0.0499) == "better"
     assert verdict(-0.1, 0.0499) == "worse"
     assert verdict(0.1, 0.05) == verdict(-0.1, 0.05) == "inside the noise"
+
+
+def test_the_lower_bound_is_newcombes_at_90_percent_on_two_sides() -> None:
+    # Of 100 rows 12 gained and 4 lost: shares .12 and .04, Wilson with z = 1.6449 (one side of 5%).
+    first = separate([False] * 12 + [True] * 4 + [True] * 84)
+    second = separate([True] * 12 + [False] * 4 + [True] * 84)
+    z = NormalDist().inv_cdf(0.95)
+
+    def wilson(share: float, sign: int) -> float:
+        middle = share + z * z / 200
+        return (middle + sign * z * math.sqrt(share * (1 - share) / 100 + z * z / 40000)) / (1 + z * z / 100)
+
+    expected = 0.08 - math.hypot(0.12 - wilson(0.12, -1), wilson(0.04, 1) - 0.04)
+    assert lower_bound(first, second) == pytest.approx(expected)
+    assert expected == pytest.approx(0.0165, abs=1e-4)
+
+
+def test_where_nothing_changed_few_rows_cannot_rule_a_loss_out() -> None:
+    # The upper bound of 0 of n is z^2 / (n + z^2).
+    z = NormalDist().inv_cdf(0.95)
+    for number in (40, 1000):
+        same = separate([True] * number)
+        assert lower_bound(same, same) == pytest.approx(-(z**2) / (number + z**2))
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.03, 0.1])
+def test_a_true_loss_is_below_the_lower_bound_once_in_20_times_at_most(loss: float) -> None:
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(600):
+        draws = rng.random(200)
+        lost, gained = draws < 0.05 + loss, draws > 0.95
+        first = separate(list(~gained))
+        second = separate(list(~lost))
+        wrong += lower_bound(first, second) > -loss
+    # 5% of 600 are 30; the binomial's standard deviation is 5.3.
+    assert wrong <= 30 + 3 * 5.3
+
+
+def test_rotations_of_a_question_are_not_more_evidence_that_nothing_is_lost() -> None:
+    one, four = rotated(["+"] * 50), rotated(["++++"] * 50)
+    assert lower_bound(four, four) == pytest.approx(lower_bound(one, one))
+
+
+def test_other_questions_give_no_lower_bound() -> None:
+    with pytest.raises(InputError, match="must be to the same questions"):
+        lower_bound(separate([True]), separate([True, False]))

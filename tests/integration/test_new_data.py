@@ -1,0 +1,213 @@
+"""New rows: added by our own command, which starts a retraining, or by somebody else, and found by the poll."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from support.formats import png, save, write_jsonl
+from support.runs import small_config
+from support.seaweed import SeaweedServer
+
+from flows.add_samples import add_samples, main
+from flows.config import LAPTOP, RunConfig
+from flows.deploy import deploy
+from flows.run import version_of_data
+from flows.watch import watch
+from tasks.adapters.importers import read_source
+from tasks.adapters.registry import Registry, Version, list_files
+from tasks.artifacts import ArtifactRef
+from tasks.config import FileData
+from vzero_core.errors import ConfigError, InputError
+
+REF = ArtifactRef(stage="train", key="k" * 32, digest="d" * 32)
+
+
+def row(name: str) -> dict[str, Any]:
+    return {"id": name, "image": "a.png", "question": "what?", "region": [1, 2, 3, 4]}
+
+
+def config_of(folder: Path, data: str, **changes: Any) -> RunConfig:
+    source = {"kind": "jsonl", "path": data, "image_root": str(folder)}
+    return small_config(folder, data={"source": source}, **changes)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """Data with one row."""
+    save(tmp_path / "a.png", png())
+    write_jsonl(tmp_path / "data" / "first.jsonl", [row("first")])
+    return config_of(tmp_path, str(tmp_path / "data"))
+
+
+@pytest.fixture
+def no_server() -> Iterator[None]:
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
+
+
+def ids(config: RunConfig) -> list[str | None]:
+    assert isinstance(config.data.source, FileData)
+    return [found.id for found in read_source(config.data.source)]
+
+
+def found_champion(config: RunConfig) -> None:
+    """Let somebody be champion who was judged by the data as they are."""
+    assert config.publish.url is not None
+    registry = Registry(config.publish.url)
+    folder = Path(config.placement.work_dir) / "made"
+    save(folder / "README.md", b"card")
+    save(folder / "model" / "config.json", b"{}")
+    version = Version.model_validate(
+        {
+            **dict.fromkeys(("policy", "selected", "report", "training_set"), REF),
+            "name": "small-1",
+            "run": "small",
+            "created_at": "2026-01-01T00:00:00Z",
+            "parent": None,
+            "data": version_of_data(config),
+            "store": "store",
+            "commit": None,
+            "files": list_files(folder),
+        }
+    )
+    registry.add(version, folder)
+    registry.move(None, kind="founded", champion="small-1", version="small-1", data=version.data, reason="first")
+
+
+def test_rows_are_added_as_a_file_of_their_own(config: RunConfig, tmp_path: Path) -> None:
+    before = version_of_data(config)
+    write_jsonl(tmp_path / "new.jsonl", [row("second"), row("third")])
+    place = add_samples(config, tmp_path / "new.jsonl")
+    assert Path(place).parent == tmp_path / "data"
+    assert Path(place).read_bytes() == (tmp_path / "new.jsonl").read_bytes()
+    assert ids(config) == ["first", "second", "third"]
+    assert version_of_data(config) != before
+
+
+def test_the_same_rows_are_added_once(config: RunConfig, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "new.jsonl", [row("second")])
+    add_samples(config, tmp_path / "new.jsonl")
+    with pytest.raises(InputError, match=r"rows must be new, but .*new-[0-9a-f]{12}\.jsonl is there already"):
+        add_samples(config, tmp_path / "new.jsonl")
+    assert ids(config) == ["first", "second"]
+    write_jsonl(tmp_path / "new.jsonl", [row("third")])
+    add_samples(config, tmp_path / "new.jsonl")
+    assert sorted(map(str, ids(config))) == ["first", "second", "third"]
+
+
+def test_what_cannot_be_added_is_said_and_nothing_changes(config: RunConfig, tmp_path: Path) -> None:
+    before = version_of_data(config)
+    write_jsonl(tmp_path / "bad.jsonl", [row("second"), {"id": "no question", "image": "a.png"}])
+    with pytest.raises(InputError, match=r"1 have not:\n  row 2 \(no question\): row must have image and question"):
+        add_samples(config, tmp_path / "bad.jsonl")
+    with pytest.raises(InputError, match=r"rows of kind jsonl must be a \.jsonl file, got .*rows\.csv; convert it"):
+        add_samples(config, tmp_path / "rows.csv")
+    with pytest.raises(InputError, match="there is no such file"):
+        add_samples(config, tmp_path / "gone.jsonl")
+    assert version_of_data(config) == before
+    for other in (LAPTOP, config_of(tmp_path, str(tmp_path / "data" / "first.jsonl"))):
+        with pytest.raises(ConfigError, match=r"data\.source\.path must be a folder, which files of rows can be added"):
+            add_samples(other, tmp_path / "bad.jsonl")
+
+
+def write_toml(config: RunConfig, path: Path) -> None:
+    source, published = config.data.source, config.publish.url
+    assert isinstance(source, FileData)
+    path.write_text(
+        f'name = "{config.name}"\n[data.source]\nkind = "jsonl"\npath = "{source.path}"\n'
+        f'image_root = "{source.image_root}"\n[publish]\nurl = "{published}"\n'
+        f'[store]\nurl = "{config.store.url}"\n[placement]\nwork_dir = "{config.placement.work_dir}"\n'
+    )
+
+
+@pytest.mark.usefixtures("no_server")
+def test_without_a_server_the_poll_is_named(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toml(config, tmp_path / "my.toml")
+    write_jsonl(tmp_path / "new.jsonl", [row("second")])
+    assert main([str(tmp_path / "new.jsonl"), "--config", str(tmp_path / "my.toml")]) == 0
+    assert "no Prefect server is configured (PREFECT_API_URL): a retraining starts at the next poll" in (
+        capsys.readouterr().out
+    )
+    assert main([str(tmp_path / "new.jsonl"), "--config", str(tmp_path / "my.toml")]) == 1
+    assert capsys.readouterr().err.startswith("error: rows must be new")
+
+
+def retrainings() -> list[FlowRun]:
+    """Runs of the deployment, which nobody works on here."""
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("vzero-retrain/retrain")
+        return [run for run in client.read_flow_runs(limit=200) if run.deployment_id == deployment.id]
+
+
+def new_runs(before: list[FlowRun], number: int) -> list[FlowRun]:
+    """Wait for as many new runs."""
+    known = {run.id for run in before}
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = [run for run in retrainings() if run.id not in known]
+        if len(found) >= number:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"there must be {number} new runs of the deployment")
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
+def test_rows_that_are_added_start_the_retraining(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deploy(config, print)
+    before = retrainings()
+    write_toml(config, tmp_path / "my.toml")
+    write_jsonl(tmp_path / "new.jsonl", [row("second")])
+    assert main([str(tmp_path / "new.jsonl"), "--config", str(tmp_path / "my.toml")]) == 0
+    assert "its deployment vzero-retrain/retrain starts" in capsys.readouterr().out
+    [run] = new_runs(before, 1)
+    # With the configuration that it was deployed with.
+    assert run.parameters == {"config": json.loads(config.model_dump_json())}
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
+def test_rows_that_somebody_else_added_are_found_by_the_poll(config: RunConfig, tmp_path: Path) -> None:
+    deploy(config, print)
+    assert watch(config, return_state=True).message == (
+        "there is no champion yet that could learn; run vzero/full-pipeline"
+    )
+    found_champion(config)
+    before = retrainings()
+    assert watch(config, return_state=True).message.startswith("no new data since")
+    write_jsonl(tmp_path / "data" / "second.jsonl", [row("second")])
+    assert watch(config, return_state=True).message == "new data: a retraining is asked for"
+    new_runs(before, 1)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("prefect_api")
+def test_data_and_versions_may_lie_in_a_bucket(
+    s3_url: str, seaweed: SeaweedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = seaweed.options()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint_url"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
+    client, root = seaweed.client(), s3_url.removeprefix("s3://")
+    client.pipe_file(f"{root}/data/first.jsonl", json.dumps(row("first")).encode())
+    config = config_of(tmp_path, f"{s3_url}/data", publish={"url": f"{s3_url}/published"})
+    found_champion(config)
+    assert watch(config, return_state=True).message.startswith("no new data since")
+    write_jsonl(tmp_path / "new.jsonl", [row("second")])
+    assert add_samples(config, tmp_path / "new.jsonl").startswith(f"{s3_url}/data/new-")
+    assert watch(config, return_state=True).message == "new data: a retraining is asked for"
+    # Nothing of a file is read to see that it changed, but its entry in the listing.
+    version = version_of_data(config)
+    client.pipe_file(f"{root}/data/first.jsonl", json.dumps(row("third")).encode())
+    assert version_of_data(config) != version
