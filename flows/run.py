@@ -24,10 +24,11 @@ from tasks.adapters.lakefs_repo import LakeFSRepo, parse_lakefs_url
 from tasks.adapters.store import Store
 from tasks.adapters.trainer_process import TrainerSettings
 from tasks.config import DataConfig, EngineFingerprint, FileData, ModelConfig, SmallWorldData, StoreConfig, VLLMEngine
+from tasks.dashboard import show_progress
 from tasks.evaluation_config import HELD_OUT, BenchmarkConfig
 from tasks.ports import DatasetRepo
 from tasks.serve import Engines
-from tasks.stage import Benchmark, RunContext, show_progress
+from tasks.stage import Benchmark, RunContext
 from vzero_core.errors import ConfigError
 
 log = logging.getLogger("vzero.run")

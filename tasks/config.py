@@ -54,8 +54,15 @@ FLAGS_OF_THE_RUN = {
 class Settings(BaseModel):
     """Base of all settings: immutable, and strict about unknown keys."""
 
-    # What was given may be an address with a password in it.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        # What was given may be an address with a password in it.
+        hide_input_in_errors=True,
+        # In the dashboard's form a setting is called as in the configuration.
+        field_title_generator=lambda name, _: name,
+    )
 
 
 def _known_scheme(path: str) -> str:

@@ -16,8 +16,7 @@ from tasks.adapters.files import PASSING_ERRNOS
 from tasks.adapters.store import Outcome, Store
 from tasks.artifacts import ArtifactRef, Job
 from tasks.config import FileData, JudgeServerConfig
-from tasks.dashboard import Terminal
-from tasks.dashboard import show_progress as show_progress
+from tasks.dashboard import Terminal, show_progress
 from tasks.evaluation_config import BenchmarkConfig
 from tasks.ports import Advance
 from tasks.serve import Engines

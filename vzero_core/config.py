@@ -15,7 +15,13 @@ Resample = Literal["bicubic", "lanczos", "bilinear"]
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        # In forms that are made from the schema a setting is called as in the configuration.
+        field_title_generator=lambda name, _: name,
+    )
 
 
 # --- gate ---------------------------------------------------------------------------------------------------------
