@@ -39,6 +39,7 @@ class Validation:
 
     samples: dict[str, Any]
     views: dict[str, Any]
+    training_set: dict[str, Any]
     regions: dict[str, Any] | None
     findings: tuple[Finding, ...]
     bad_rows: tuple[tuple[str, BadRow], ...]
@@ -73,6 +74,7 @@ def validation(job: ReportJob, store: Store) -> Validation:
     return Validation(
         samples=store.manifest(job.samples).summary,
         views=store.manifest(job.views).summary,
+        training_set=store.manifest(job.training_set).summary,
         regions=store.manifest(job.regions).summary if job.regions else None,
         findings=tuple(read_rows(store.read(job.samples, FINDINGS), Finding)),
         bad_rows=tuple(

@@ -120,6 +120,8 @@ def test_gate_section_says_what_the_gate_is(run: Run, page: str) -> None:
 
 
 def test_data_summary(page: str) -> None:
+    assert "of them, and 7 learned before</dd>" in page
+    assert "<dt>asked, to compare checkpoints</dt><dd>5</dd>" in page
     assert "broken" in page, "the row that was set aside"
     assert "<dd>answer</dd>" in page, "the field that was never read"
     assert "image is in no evaluation data" in page
