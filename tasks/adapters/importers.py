@@ -224,11 +224,16 @@ def data_version(source: SmallWorldData | FileData) -> str:
     """
     if isinstance(source, SmallWorldData):
         return digest_json(source.model_dump())
-    found = []
-    for url in files_of(source):
+    urls = files_of(source)
+
+    def pin(url: str) -> list[object]:
         with existing(url):
-            pinned = stat(url)
-        found.append([url.rsplit("/", 1)[-1], pinned.size, pinned.etag])
+            found = stat(url)
+        return [url.rsplit("/", 1)[-1], found.size, found.etag]
+
+    # Threads, because on S3 each file costs a request.
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        found = list(pool.map(pin, urls))
     return digest_json([source.kind, found])
 
 
