@@ -18,7 +18,7 @@ from tasks.artifacts import Manifest
 pytestmark = pytest.mark.e2e
 DATA_STAGES = {"import_data", "fingerprints", "validate", "data_docs", "evaluation_data", "view_shard", "views"}
 CANDIDATE = ("rollouts", "replay", "criteria")
-STAGES = {*DATA_STAGES, "model", "check_models", "rollouts", "replay", "gate", "train"}
+STAGES = {*DATA_STAGES, "training_set", "model", "check_models", "rollouts", "replay", "gate", "train"}
 
 
 def manifests(folder: Path) -> dict[tuple[str, str], Manifest]:

@@ -17,7 +17,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from support.runs import small_config
 
 from flows.config import RunConfig
-from flows.data import validated_samples
+from flows.data import imported_rows, validated_samples
 from flows.run import open_run
 from tasks.adapters.dataset import QUARANTINE, SAMPLES
 from tasks.adapters.tables import read_rows
@@ -117,7 +117,7 @@ def run(config: RunConfig) -> tuple[list[Sample], list[BadRow], dict[str, Any], 
                 model(ModelJob(weights=role, role=role), context) for role in ("student", "teacher")
             ]
             checked = check_models(CheckModelsJob(student=names[0], teacher=names[1], prompt=config.prompt), context)
-            samples, docs = validated_samples(config, context, checked)
+            samples, docs = validated_samples(config, context, imported_rows(config, context, None), checked)
             store = context.store
             return (
                 read_rows(store.read(samples, SAMPLES), Sample),
