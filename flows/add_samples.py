@@ -22,7 +22,7 @@ from vzero_core.errors import ConfigError, InputError, VZeroError
 
 
 def add_samples(config: RunConfig, rows: Path) -> str:
-    """Copy a file of rows into the data's folder, after a look at every row; give where it lies.
+    """Copy a file of rows into the data's folder, after a look at every row; give where it lies. Once is enough.
 
     Args:
         config: whose data it is added to; their path is a folder.
@@ -30,7 +30,7 @@ def add_samples(config: RunConfig, rows: Path) -> str:
 
     Raises:
         ConfigError: the data are no folder.
-        InputError: a row cannot be read, or a file of that name is there.
+        InputError: a row cannot be read.
     """
     source = config.data.source
     if not isinstance(source, FileData) or not is_folder(source.path):
@@ -45,8 +45,8 @@ def add_samples(config: RunConfig, rows: Path) -> str:
     # Named by its content: the same file is added once.
     name = f"{rows.stem}-{sha256_file(rows)[:12]}{suffix}"
     folder = open_folder(source.path)
-    if not folder.create(name, rows.read_bytes()):
-        raise InputError(f"rows must be new, but {folder.url}/{name} is there already; nothing was added")
+    # Where it is there already, an earlier call may have been cut before what follows.
+    folder.create(name, rows.read_bytes())
     if source.path.startswith("lakefs://"):
         repository, branch, _ = parse_lakefs_url(source.path)
         LakeFSRepo(repository).commit(branch, f"Add samples {name}", {"file": name})

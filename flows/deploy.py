@@ -28,8 +28,9 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.flows import load_flow_from_entrypoint
 from prefect.settings import get_current_settings
 from prefect.workers.base import BaseWorker
+from pydantic import ValidationError
 
-from flows.config import LAPTOP, PROJECT, RunConfig, load_config, resolve_paths
+from flows.config import LAPTOP, PROJECT, RunConfig, explain, load_config, resolve_paths
 from flows.server import ServerError
 from tasks.serve import teacher_limit
 from vzero_core.errors import VZeroError
@@ -136,6 +137,8 @@ def _make_deployment(client: SyncPrefectClient, given: dict[str, Any], config: R
         yield f"deployment {name}: made"
     else:
         deployment_id = found.id
+        if config is None:
+            _require_valid(name, found.parameters)
         changed = [field for field, value in renewed.items() if getattr(found, field) != value]
         if changed:
             client.update_deployment(deployment_id, DeploymentUpdate(**renewed))
@@ -144,6 +147,21 @@ def _make_deployment(client: SyncPrefectClient, given: dict[str, Any], config: R
         event = DeploymentEventTrigger.model_validate(trigger)
         event.set_deployment_id(deployment_id)
         yield _make_automation(client, event.as_automation())
+
+
+def _require_valid(name: str, parameters: dict[str, Any]) -> None:
+    """Make sure that a deployment's own configuration, of an earlier release perhaps, still is one.
+
+    Raises:
+        ServerError: it is not.
+    """
+    try:
+        RunConfig.model_validate(parameters.get("config", {}))
+    except ValidationError as error:
+        raise ServerError(
+            f"the configuration of deployment {name} must be of this release; deploy with --config again:\n"
+            f"{explain(error)}"
+        ) from error
 
 
 def _make_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:

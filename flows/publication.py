@@ -1,14 +1,20 @@
 """Publishing: a chosen student as a version, in lakeFS where configured, and on the hub once it is champion."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 
 from flows.config import PROJECT, RunConfig, resolve_paths
 from flows.pipeline import Taught, described
 from flows.run import open_store
 from flows.summary import Published
 from tasks.adapters.registry import Move, Registry, Version
-from tasks.artifacts import ArtifactRef
+from tasks.artifacts import digest_json
 from tasks.commit_outputs import CommitOutputsJob, commit_outputs, publish_outputs
 from tasks.publish import PublishJob, publish, upload
 from tasks.stage import RunContext
@@ -32,8 +38,37 @@ def open_registry(config: RunConfig) -> Registry | None:
     return Registry(config.publish.url)
 
 
+@contextmanager
+def alone(registry: Registry) -> Iterator[None]:
+    """Hold the one place of the retrainings of a registry; the server frees it where a process dies."""
+    name = _limit(registry)
+    with get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(name, limit=1)
+    # A server that is away for a while must not end a run of days: who comes between is refused by the history.
+    with concurrency(name, strict=True, raise_on_lease_renewal_failure=False):
+        yield
+
+
+def is_retraining(registry: Registry) -> bool:
+    """Tell whether somebody holds that place."""
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_global_concurrency_limit_by_name(_limit(registry)).active_slots > 0
+        except ObjectNotFound:
+            return False
+
+
+def _limit(registry: Registry) -> str:
+    return f"vzero-retrain-{digest_json(registry.url)[:12]}"
+
+
 def fetch_student(registry: Registry, name: str, config: RunConfig) -> RunConfig:
-    """Give the configuration with a published version for its student, of which a local copy is made."""
+    """Give the configuration with a published version for its student, of which a local copy is made.
+
+    Raises:
+        RegistryError: there is no such version.
+    """
+    registry.version(name)
     folder = Path(resolve_paths(config, PROJECT).placement.work_dir) / "published" / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +96,7 @@ def publish_student(
     Raises:
         RegistryError: somebody else moved the champion meanwhile.
     """
-    outputs = _commit(config, run, taught)
-    commit = run.store.manifest(outputs[1]).summary["commit"] if outputs is not None else None
+    commit = _commit(config, run, taught)
     registry = open_registry(config)
     if registry is None:
         return Published(version=None, champion=None, reason=None, commit=commit)
@@ -84,14 +118,21 @@ def publish_student(
     if decision is None:
         decision = _founding(last, job.name)
     version = publish(job, run, registry.url, commit)
-    champion = _move(registry, last, version, decision)
+    champion = _move(registry, last, version, run.data_version, decision)
     if champion == version.name:
-        # After the move, which somebody else may have been quicker to make.
-        if outputs is not None and config.outputs.publish:
-            publish_outputs(outputs[0], run, outputs[1])
-        if config.publish.hub is not None:
-            upload(version, registry.url, config.publish.hub)
+        follow(config, registry, version)
     return Published(version=version.name, champion=champion, reason=decision.reason, commit=commit)
+
+
+def follow(config: RunConfig, registry: Registry, champion: Version) -> None:
+    """Let lakeFS and the hub have the champion too; after the move, which somebody else may have been quicker to make.
+
+    What is done already stays, so that a run that was lost in between is made up for by the next one.
+    """
+    if config.outputs.repository is not None and config.outputs.publish:
+        publish_outputs(champion, config.outputs)
+    if config.publish.hub is not None:
+        upload(champion, registry.url, config.publish.hub)
 
 
 def _founding(last: Move | None, name: str) -> Decision:
@@ -105,14 +146,14 @@ def _founding(last: Move | None, name: str) -> Decision:
     )
 
 
-def _move(registry: Registry, last: Move | None, version: Version, decision: Decision) -> str | None:
+def _move(registry: Registry, last: Move | None, version: Version, data: str, decision: Decision) -> str | None:
     """Write the decision into the history; nothing is written where nothing was decided anew."""
     champion = last.champion if last is not None else None
     if champion == version.name:
         return champion
     if champion is None:
         return registry.move(
-            last, kind="founded", champion=version.name, version=version.name, data=version.data, reason=decision.reason
+            last, kind="founded", champion=version.name, version=version.name, data=data, reason=decision.reason
         ).champion
     if version.parent is None:
         return champion
@@ -121,13 +162,13 @@ def _move(registry: Registry, last: Move | None, version: Version, decision: Dec
         kind="promoted" if decision.promoted else "kept",
         champion=version.name if decision.promoted else champion,
         version=version.name,
-        data=version.data,
+        data=data,
         reason=decision.reason,
     ).champion
 
 
-def _commit(config: RunConfig, run: RunContext, taught: Taught) -> tuple[CommitOutputsJob, ArtifactRef] | None:
-    """Commit the outputs in lakeFS, where a repository is configured."""
+def _commit(config: RunConfig, run: RunContext, taught: Taught) -> str | None:
+    """Commit the outputs in lakeFS, where a repository is configured, and give the commit."""
     if config.outputs.repository is None:
         return None
     job = CommitOutputsJob(
@@ -138,4 +179,5 @@ def _commit(config: RunConfig, run: RunContext, taught: Taught) -> tuple[CommitO
         selected=taught.selected,
         report=taught.report,
     )
-    return job, commit_outputs(job, run)
+    commit: str = run.store.manifest(commit_outputs(job, run)).summary["commit"]
+    return commit

@@ -3,16 +3,12 @@
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.concurrency.sync import concurrency
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -20,14 +16,13 @@ from flows.command import run_command
 from flows.config import LAPTOP, RunConfig
 from flows.data import imported_rows
 from flows.pipeline import Taught, result_of, teach
-from flows.publication import Decision, fetch_student, open_registry, publish_student
+from flows.publication import Decision, alone, fetch_student, follow, open_registry, publish_student
 from flows.run import open_run, version_of_data
 from flows.summary import RunResult, print_result, show_report
-from tasks.adapters.registry import Registry
-from tasks.artifacts import digest_json
+from tasks.adapters.registry import Move, Registry, Version
 from tasks.promotion import Pair, PromotionJob, promotion
 from tasks.stage import RunContext
-from vzero_core.errors import ConfigError
+from vzero_core.errors import ConfigError, InputError
 
 
 @flow(
@@ -48,34 +43,72 @@ def retrain(config: RunConfig = LAPTOP) -> State[Any] | RunResult:
     config = _retraining(config)
     registry = open_registry(config)
     assert registry is not None, "checked with the configuration"
-    with _alone(registry):
+    with alone(registry):
         challenged = registry.last()
         champion = registry.champion()
         if challenged is None or champion is None:
             return Completed(message="there is no champion to train on; run vzero/full-pipeline first")
-        if challenged.data == version_of_data(config):
-            return Completed(message=f"no new data: the champion {champion.name} was judged by these")
+        # By hand, what was looked at is looked at again: settings may be others now.
+        if challenged.data == version_of_data(config) and challenged.kind != "seen":
+            # Of a run that was lost just after it had made this champion.
+            follow(config, registry, champion)
+            return Completed(message=f"no new data: the champion is {champion.name} ({challenged.reason})")
         config = fetch_student(registry, champion.name, config)
         with open_run(config) as run:
-            if run.store.find(champion.training_set.stage, champion.training_set.key) is None:
-                raise ConfigError(
-                    f"store.url must be the store that the champion {champion.name} was made in, {champion.store}, got "
-                    f"{run.store.url}; set it"
-                )
-            rows = run.store.manifest(imported_rows(config, run, champion.training_set)).summary
-            if rows["num_rows"] < config.retrain.min_new:
-                few = f"{rows['num_rows']} new samples" if rows["num_rows"] else "no new samples"
-                reason = f"{few}; a retraining takes {config.retrain.min_new} (retrain.min_new)"
-                registry.move(
-                    challenged, kind="seen", champion=champion.name, version=None, data=run.data_version, reason=reason
-                )
-                return Completed(message=reason)
-            taught = teach(config, run, previous=champion.training_set, parent=champion.name)
+            _require_store(run, champion)
+            try:
+                waiting = _too_few(config, run, registry, champion)
+                if waiting is not None:
+                    _remember(registry, challenged, run.data_version, waiting)
+                    return Completed(message=waiting)
+                taught = teach(config, run, previous=champion.training_set, parent=champion.name)
+            except InputError as error:
+                # It would come again at every poll; with other data, or by hand, there is a new try.
+                _remember(registry, challenged, run.data_version, str(error).partition("\n")[0])
+                raise
             decision = _decide(config, run, taught)
             published = publish_student(config, run, taught, challenged=challenged, decision=decision)
             result = result_of(run, taught, started, published)
             show_report(result, config)
             return result
+
+
+def _require_store(run: RunContext, champion: Version) -> None:
+    """Make sure that what the champion learned is known here.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if run.store.find(champion.training_set.stage, champion.training_set.key) is None:
+        raise ConfigError(
+            f"store.url must be the store that the champion {champion.name} was made in, {champion.store}, got "
+            f"{run.store.url}; set it"
+        )
+
+
+def _too_few(config: RunConfig, run: RunContext, registry: Registry, champion: Version) -> str | None:
+    """Say that there are too few new rows for a retraining; None where there are enough.
+
+    Rows that the champion was challenged with before are trained on again, but it takes others to start it.
+    """
+    rows = imported_rows(config, run, champion.training_set)
+    new = run.dataset.seen(rows)
+    for version in registry.versions():
+        known = run.store.find(version.training_set.stage, version.training_set.key)
+        if version.parent == champion.name and known is not None:
+            new -= run.dataset.seen(version.training_set)
+    if len(new) >= config.retrain.min_new:
+        return None
+    unread = run.store.manifest(rows).summary["num_bad"]
+    few = f"{len(new)} new samples" if new else "no new samples"
+    few += f", {unread} rows that cannot be read" if unread else ""
+    return f"{few}; a retraining takes {config.retrain.min_new} (retrain.min_new)"
+
+
+def _remember(registry: Registry, challenged: Move, data: str, reason: str) -> None:
+    """Note that the data were looked at, so that no poll finds them again."""
+    if (challenged.kind, challenged.data, challenged.reason) != ("seen", data, reason):
+        registry.move(challenged, kind="seen", champion=challenged.champion, version=None, data=data, reason=reason)
 
 
 def _retraining(config: RunConfig) -> RunConfig:
@@ -95,17 +128,6 @@ def _retraining(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"rounds": config.rounds.model_copy(update={"num_rounds": num_rounds})})
 
 
-@contextmanager
-def _alone(registry: Registry) -> Iterator[None]:
-    """Hold the one place of the retrainings of a registry; the server frees it where a process dies."""
-    name = f"vzero-retrain-{digest_json(registry.url)[:12]}"
-    with get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(name, limit=1)
-    # A server that is away for a while must not end a run of days: who comes between is refused by the history.
-    with concurrency(name, strict=True, raise_on_lease_renewal_failure=False):
-        yield
-
-
 def _decide(config: RunConfig, run: RunContext, taught: Taught) -> Decision:
     """Let the stage decide; the student before training is the champion."""
     after = {found.benchmark: found.ref for found in taught.final}
@@ -116,6 +138,7 @@ def _decide(config: RunConfig, run: RunContext, taught: Taught) -> Decision:
     name = config.retrain.promotion.name if config.retrain.promotion is not None else None
     job = PromotionJob(
         criteria=taught.criteria or () if name is None else (),
+        samples=taught.training_set,
         split=next((pair for pair in pairs if pair.benchmark == name), None),
         guards=tuple(pair for pair in pairs if pair.benchmark != name),
         margin=config.retrain.margin,

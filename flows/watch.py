@@ -12,7 +12,7 @@ from prefect.states import Completed
 from flows.command import run_command
 from flows.config import LAPTOP, RunConfig
 from flows.events import announce_samples
-from flows.publication import open_registry
+from flows.publication import is_retraining, open_registry
 from flows.run import version_of_data
 
 
@@ -25,11 +25,13 @@ def watch(config: RunConfig = LAPTOP) -> State[Any]:
     """
     registry = open_registry(config)
     last = registry.last() if registry is not None else None
-    if last is None or last.champion is None:
+    if registry is None or last is None or last.champion is None:
         return Completed(message="there is no champion yet that could learn; run vzero/full-pipeline")
     data = version_of_data(config)
     if last.data == data:
         return Completed(message=f"no new data since {last.at:%Y-%m-%d %H:%M} UTC")
+    if is_retraining(registry):
+        return Completed(message="new data; a retraining is going on, they are looked at again after it")
     announce_samples(config, data, "poll")
     return Completed(message="new data: a retraining is asked for")
 

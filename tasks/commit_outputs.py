@@ -10,8 +10,10 @@ from prefect.cache_policies import NO_CACHE
 from tasks.adapters.dataset import QUARANTINE, SAMPLES
 from tasks.adapters.files import filesystem, patiently
 from tasks.adapters.lakefs_repo import LakeFSRepo
+from tasks.adapters.registry import Version
 from tasks.adapters.store import Outcome, code_version, write_json
 from tasks.artifacts import ArtifactRef, Job
+from tasks.config import OutputsConfig
 from tasks.ports import DatasetRepo
 from tasks.stage import RunContext, retrying, stage
 
@@ -69,22 +71,24 @@ def commit_outputs(job: CommitOutputsJob, context: RunContext, folder: Path) -> 
         "code": code_version(),
     }
     commit = repository.commit(job.branch, f"V-Zero run {job.name}", metadata)
-    done = {"repository": job.repository, "branch": job.branch, "commit": commit, "metadata": metadata}
+    done = {"repository": job.repository, "branch": job.branch, "commit": commit}
     write_json(folder / "commit.json", done)
     return Outcome(summary=done)
 
 
-@task(name="publish outputs", task_run_name="publish outputs of {job.name}", cache_policy=NO_CACHE, **retrying)
-def publish_outputs(job: CommitOutputsJob, context: RunContext, outputs: ArtifactRef) -> None:
-    """Merge the outputs of a champion into the base, and let the tag name them; what is done already stays.
+@task(name="publish outputs", task_run_name="publish outputs of {version.name}", cache_policy=NO_CACHE, **retrying)
+def publish_outputs(version: Version, outputs: OutputsConfig) -> None:
+    """Merge a champion's outputs into the base, and let the tag name them; what is done already stays.
 
     Args:
-        job: what was committed.
-        context: of the run, for its store.
-        outputs: the commit.
+        version: the champion; nothing happens where its outputs were not committed.
+        outputs: names the repository and the base.
     """
-    repository: DatasetRepo = LakeFSRepo(job.repository)
-    done = context.store.manifest(outputs).summary
-    repository.merge(job.branch, job.base, f"Publish V-Zero run {job.name}", done["metadata"])
+    assert outputs.repository is not None, "the flow asks for it only where there is a repository"
+    if version.commit is None:
+        return
+    repository: DatasetRepo = LakeFSRepo(outputs.repository)
+    metadata = {"run": version.run, "version": version.name, "policy": version.policy.digest}
+    repository.merge(version.commit, outputs.base, f"Publish V-Zero run {version.run}", metadata)
     # The run's own commit: the base may have moved on since.
-    repository.tag(CHAMPION, done["commit"])
+    repository.tag(CHAMPION, version.commit)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from tasks.adapters.dataset import QUARANTINE, ROWS, SEEN, SeenRow
-from tasks.adapters.importers import SourceRow, count_rows, import_row, read_source, row_digest
+from tasks.adapters.importers import SourceRow, UnreadRow, count_rows, import_row, read_source, row_digest
 from tasks.adapters.parallel import in_order
 from tasks.adapters.store import Outcome
 from tasks.adapters.tables import write_rows
@@ -38,7 +38,7 @@ def import_data(job: ImportDataJob, context: RunContext, folder: Path) -> Outcom
     seen: list[SeenRow] = []
     num_known = 0
 
-    def new_rows() -> Iterator[SourceRow | BadRow]:
+    def new_rows() -> Iterator[SourceRow | UnreadRow]:
         nonlocal num_known
         for row in read_source(source):
             digest = row_digest(row)
@@ -49,7 +49,7 @@ def import_data(job: ImportDataJob, context: RunContext, folder: Path) -> Outcom
                 seen.append(SeenRow(digest=digest))
                 yield row
 
-    def look(row: SourceRow | BadRow) -> tuple[ImportedRow | BadRow, tuple[str, ...]]:
+    def look(row: SourceRow | UnreadRow) -> tuple[ImportedRow | BadRow, tuple[str, ...]]:
         if isinstance(row, BadRow):
             return row, ()
         return import_row(row, context.dataset.images, decode=job.images == "decode"), row.dropped

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tasks.adapters.evaluation import compare_evaluations, least_gain
+from tasks.adapters.statistics import mean_interval
 from tasks.adapters.store import Outcome, Store, write_json
 from tasks.artifacts import ArtifactRef, Job, Record
-from tasks.selection import Z_95, difference, read_candidates
+from tasks.selection import read_candidates
 from tasks.stage import RunContext, stage
+from tasks.training_set import image_of
 
 
 class Pair(Record):
@@ -25,6 +27,8 @@ class PromotionJob(Job):
 
     criteria: tuple[ArtifactRef, ...]
     """Label-free figures of champion and challenger on the same prompts; empty where questions with answers decide."""
+    samples: ArtifactRef
+    """Training set that these prompts were set aside of."""
     split: Pair | None
     """Questions that decide; None: the figures do."""
     guards: tuple[Pair, ...]
@@ -42,11 +46,11 @@ def promotion(job: PromotionJob, context: RunContext, folder: Path) -> Outcome:
     """Promote a challenger that is better than the champion, and on no benchmark worse by more than the margin.
 
     Better: by questions set apart for this, where there are any (McNemar, p < 0.05), else by the teacher's support for
-    the responses to prompts that neither was trained on (95% interval above 0). Not worse: with 95% confidence on one
-    side, on each benchmark, the loss is below the margin. No benchmark makes a challenger champion, so the figures that
-    are reported on them are not selected upon, however often the champion changes.
+    the responses to prompts that neither was trained on (95% interval of the mean over images above 0). Not worse:
+    with 95% confidence on one side, on each benchmark, the loss is below the margin. No benchmark makes a challenger
+    champion, so the figures that are reported on them are not selected upon, however often the champion changes.
     """
-    better, reason = _by_split(context.store, job.split) if job.split is not None else _by_support(context.store, job)
+    better, reason = _by_split(context.store, job.split) if job.split is not None else _by_support(context, job)
     guards = [_guard(context.store, pair, job.margin) for pair in job.guards]
     failed = [guard for guard in guards if not guard["passed"]]
     if better and failed:
@@ -65,15 +69,17 @@ def _by_split(store: Store, pair: Pair) -> tuple[bool, str]:
     return found.verdict == "better", f"{pair.benchmark}: {points}, p = {found.p_value:.3f}: {found.verdict}"
 
 
-def _by_support(store: Store, job: PromotionJob) -> tuple[bool, str]:
-    champion, challenger = read_candidates(store, job.criteria)
-    more, error = difference(champion, challenger)
-    if error is None:
-        return False, "one prompt is too few to tell champion and challenger apart"
-    low, high = more - Z_95 * error, more + Z_95 * error
+def _by_support(context: RunContext, job: PromotionJob) -> tuple[bool, str]:
+    champion, challenger = read_candidates(context.store, job.criteria)
+    images = {sample.id: image_of(sample) for sample in context.dataset.samples(job.samples)}
+    gains = [after.support - before.support for before, after in zip(champion.prompts, challenger.prompts, strict=True)]
+    # Prompts of one image are no independent evidence.
+    clusters = [images[prompt.sample_id] for prompt in champion.prompts]
+    more, low, high = mean_interval(gains, clusters)
     verdict = "better" if low > 0 else "worse" if high < 0 else "inside the noise"
     interval = f"{more:+.3f} nats per token ({low:+.3f} .. {high:+.3f})"
-    return low > 0, f"the teacher's support on {len(champion.prompts)} prompts set aside: {interval}: {verdict}"
+    what = f"{len(gains)} prompts set aside, of {len(set(clusters))} images"
+    return low > 0, f"the teacher's support on {what}: {interval}: {verdict}"
 
 
 def _guard(store: Store, pair: Pair, margin: float) -> dict[str, Any]:

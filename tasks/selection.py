@@ -161,7 +161,7 @@ def choose(candidates: Sequence[Candidate]) -> Candidate:
     highest = max(trained, key=lambda found: found.support)
 
     def is_near(found: Candidate) -> bool:
-        less, error = difference(found, highest)
+        less, error = _difference(found, highest)
         return error is not None and less <= error
 
     return next((found for found in reversed(trained) if is_near(found)), highest)
@@ -182,18 +182,15 @@ def explain(candidates: Sequence[Candidate]) -> str:
     return "; ".join(parts)
 
 
-def difference(first: Candidate, second: Candidate) -> tuple[float, float | None]:
-    """Give how much more support the second one has, and the standard error of that, prompt by prompt.
-
-    The error is None of a single prompt.
-    """
+def _difference(first: Candidate, second: Candidate) -> tuple[float, float | None]:
+    """Give how much more support the second one has, and the standard error of that, prompt by prompt."""
     pairs = zip(first.prompts, second.prompts, strict=True)
     return _mean_and_error([right.support - left.support for left, right in pairs])
 
 
 def _apart(first: Candidate, second: Candidate) -> str:
     """Say whether two supports can be told apart."""
-    more, error = difference(first, second)
+    more, error = _difference(first, second)
     if error is None or abs(more) <= Z_95 * error:
         return "a difference inside the noise"
     return "clearly more" if more > 0 else "clearly less"

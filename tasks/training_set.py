@@ -64,28 +64,35 @@ def training_set(job: TrainingSetJob, context: RunContext, folder: Path) -> Outc
     question about its image; what is set aside now is of images that were not trained on before.
     """
     old = _read_parts(context.store, job.previous) if job.previous is not None else []
-    earlier = _places(context, [part.views for part in old], first=0)
+    ever = [place for number, part in enumerate(old) for place in _places(context, part.views, number)]
     new = context.dataset.samples(job.views)
     new_ids = {sample.id for sample in new}
-    pool = {place.sample.id: place for place in earlier if place.sample.id not in new_ids}
-    aside = {name for part in old for name in part.held_out} & pool.keys()
-    clear_of = {image_of(pool[name].sample) for name in aside}
-    known = {image_of(place.sample) for place in pool.values()}
+    pool = {place.sample.id: place for place in ever if place.sample.id not in new_ids}
+    # Also of samples that were replaced since.
+    was_aside = [place for place in ever if place.sample.id in old[place.part].held_out]
+    clear_of = {image_of(place.sample) for place in was_aside}
+    known = {image_of(place.sample) for place in ever}
+    aside = {place.sample.id for place in was_aside if pool.get(place.sample.id) == place}
 
     # The checkpoints are compared by old and new samples in the proportion of the training.
     num_new = job.num_held_out if not old else math.ceil(job.num_held_out * (1 - job.replay_share))
     _, drawn = split_prompts([sample for sample in new if image_of(sample) not in known], num_new, job.seed)
     touched = [sample.id for sample in new if image_of(sample) in clear_of]
     asked = [*drawn, *_ranked(aside, job.seed, "held out")[: max(job.num_held_out - len(drawn), 0)]]
+    if job.num_held_out and not asked:
+        raise InputError(
+            "selection.num_prompts prompts must be set aside, got none: all new samples show images that were trained "
+            "on, and none was set aside before; add samples of other images"
+        )
     part = Part(views=job.views, held_out=(*drawn, *touched))
     learned = new_ids - set(part.held_out)
     share = job.replay_share / (1 - job.replay_share)
-    can_replay = {name for name, place in pool.items() if name not in aside and image_of(place.sample) not in clear_of}
+    can_replay = {name for name, place in pool.items() if image_of(place.sample) not in clear_of}
     replayed = _ranked(can_replay, job.seed, f"replay {len(old)}")[: round(share * len(learned))]
 
     chosen = {*learned, *asked, *replayed}
-    places = [place for place in earlier if place.sample.id in pool.keys() & chosen]
-    places += [place for place in _places(context, [job.views], first=len(old)) if place.sample.id in chosen]
+    places = [place for place in ever if pool.get(place.sample.id) == place and place.sample.id in chosen]
+    places += [place for place in _places(context, job.views, len(old)) if place.sample.id in chosen]
     write_rows(folder / SAMPLES, [place.sample for place in places], Sample)
     shards = _shards(context.store, [*(earlier.views for earlier in old), job.views], places)
     write_json(folder / VIEW_SHARDS, [shard.model_dump() for shard in shards])
@@ -155,14 +162,8 @@ def _read_parts(store: Store, ref: ArtifactRef) -> list[Part]:
     return [Part.model_validate(part) for part in json.loads(store.read(ref, PARTS))]
 
 
-def _places(context: RunContext, views: Sequence[ArtifactRef], first: int) -> list[_Place]:
-    """Give the samples of parts, oldest first; of one id the latest alone."""
-    found = {
-        sample.id: _Place(part, position, sample)
-        for part, ref in enumerate(views, start=first)
-        for position, sample in enumerate(context.dataset.samples(ref))
-    }
-    return sorted(found.values(), key=lambda place: (place.part, place.position))
+def _places(context: RunContext, views: ArtifactRef, part: int) -> list[_Place]:
+    return [_Place(part, position, sample) for position, sample in enumerate(context.dataset.samples(views))]
 
 
 def _shards(store: Store, views: Sequence[ArtifactRef], places: Sequence[_Place]) -> list[ViewShard]:

@@ -57,21 +57,20 @@ def upload_version(registry: Registry, name: str, repository: str) -> str:
     set_client_factory(_client)
     disable_progress_bars()
     with tempfile.TemporaryDirectory(prefix="vzero-upload-") as temporary:
-        model = Path(temporary) / MODEL
+        patiently(lambda: _upload(api, registry, name, repository, Path(temporary) / MODEL), api.endpoint)
+    return f"{api.endpoint}/{repository}/tree/{name}"
+
+
+def _upload(api: HfApi, registry: Registry, name: str, repository: str, model: Path) -> None:
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        if name in [tag.name for tag in api.list_repo_refs(repository).tags]:
+            return
         registry.fetch(name, model)
         contents: dict[str, bytes | str] = {
             path.relative_to(model).as_posix(): str(path) for path in sorted(model.rglob("*")) if path.is_file()
         }
         contents[CARD] = registry.card(name)
-        patiently(lambda: _upload(api, name, repository, contents), api.endpoint)
-    return f"{api.endpoint}/{repository}/tree/{name}"
-
-
-def _upload(api: HfApi, name: str, repository: str, contents: dict[str, bytes | str]) -> None:
-    try:
-        api.create_repo(repository, private=True, exist_ok=True)
-        if name in [tag.name for tag in api.list_repo_refs(repository).tags]:
-            return
         gone = {*api.list_repo_files(repository)} - {*contents, _KEPT}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in contents.items()

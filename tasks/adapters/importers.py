@@ -1,7 +1,6 @@
 """Rows of a dataset, one at a time. Only the fields that its format names enter: an answer is dropped at this door."""
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tasks.adapters.formats import (
 )
 from tasks.adapters.images import ImageReader
 from tasks.adapters.row_files import count_of, existing, files_of, is_folder, opened, rows_of, suffix_of
-from tasks.artifacts import KEY_LENGTH, BadRow, ImageRef, ImportedRow, digest_json
+from tasks.artifacts import KEY_LENGTH, BadRow, ImageRef, ImportedRow, digest_bytes, digest_json
 from tasks.config import FileData, SmallWorldData
 from tasks.small_world.dataset import write_dataset
 from vzero_core.errors import InputError
@@ -34,8 +33,6 @@ from vzero_core.views import Box
 NUM_NAMED = 5
 """Bad rows that a message names; all of them stand in the quarantine table."""
 
-_WHERE = re.compile(r"\A\S+ row \d+: ")
-"""What the reason of a bad row begins with where there are several files."""
 _CHUNK = 1 << 20
 _BATCH_ROWS = 1024
 _STAT_THREADS = 16
@@ -75,6 +72,12 @@ class SourceRow:
         return tuple(uri for uri in given if uri is not None)
 
 
+class UnreadRow(BadRow):
+    """A row of a wrong form, and what it is."""
+
+    digest: str
+
+
 def locate(source: SmallWorldData | FileData, work_dir: Path) -> FileData:
     """Give the dataset as files; the small world is drawn first where it is not there yet."""
     if isinstance(source, FileData):
@@ -98,8 +101,8 @@ def folder_of(path: str) -> str:
     return path.rsplit("/", 1)[0] if "/" in path else "."
 
 
-def read_source(source: FileData) -> Iterator[SourceRow | BadRow]:
-    """Read the rows of a dataset as they are asked for; a row of a wrong form comes as a BadRow with the reason.
+def read_source(source: FileData) -> Iterator[SourceRow | UnreadRow]:
+    """Read the rows of a dataset as they are asked for; a row of a wrong form comes as an UnreadRow with the reason.
 
     JSONL is read line by line, a JSON array row by row, Parquet by batches of the columns that are needed: neither a
     file nor the images that it may embed are held in memory.
@@ -117,7 +120,14 @@ def read_source(source: FileData) -> Iterator[SourceRow | BadRow]:
                 yield _source_row(value, form, source, before + number, f"{name.stem}:{number}")
             except InputError as error:
                 where = f"{name.name} row {number}: " if len(files) > 1 else ""
-                yield BadRow(row=before + number, id=id_of(value, "id"), reason=f"{where}{error}")
+                # What is no row at all has no content either.
+                content = f"{name.stem}:{number}" if isinstance(value, InputError) else repr(value)
+                yield UnreadRow(
+                    row=before + number,
+                    id=id_of(value, "id"),
+                    reason=f"{where}{error}",
+                    digest=digest_bytes(content.encode(errors="backslashreplace")),
+                )
         before += number
     if before == 0:
         raise InputError(f"data must have rows, but {source.path} is empty; write one row a sample")
@@ -208,11 +218,17 @@ def source_digest(source: FileData, images: ImageReader, known: Set[str] = froze
     return state.hexdigest()[:KEY_LENGTH]
 
 
-def row_digest(row: SourceRow | BadRow) -> str:
-    """Name a row by what it says, whichever file and line it stands in; a row without an id has these for its id."""
-    if isinstance(row, BadRow):
-        return digest_json([row.id, _WHERE.sub("", row.reason)])
-    images = (row.image, row.detail_image, row.positive_image, row.negative_image)
+def row_digest(row: SourceRow | UnreadRow) -> str:
+    """Name a row by what it says, whichever file and line it stands in; a row without an id has these for its id.
+
+    A picture that is embedded in a Parquet file has no name of its own, so a row with one counts by the rest.
+    """
+    if isinstance(row, UnreadRow):
+        return row.digest
+    images = [
+        uri and uri[uri.index("#row=") :].partition("&")[2] if "#row=" in (uri or "") else uri
+        for uri in (row.image, row.detail_image, row.positive_image, row.negative_image)
+    ]
     return digest_json([row.id, row.question, row.region, row.unit, images])
 
 

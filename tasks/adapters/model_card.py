@@ -55,13 +55,21 @@ class PublishJob(Job):
     def name(self) -> str:
         """Name of the version: of what it is and how it was measured, not of when and where it was made."""
         measured = [(found.benchmark, found.label, found.ref.digest) for found in self.evaluations]
-        made = [self.policy.digest, self.training_set.digest, measured, self.parent, self.config, self.license]
+        settings = _without_places(self.config)
+        made = [self.policy.digest, self.training_set.digest, measured, self.parent, settings, self.license]
         return f"{self.run}-{digest_json(made)[:12]}"
 
     @property
     def title(self) -> str:
         """How the run is called on the dashboard."""
         return f"publish {self.name}"
+
+
+def _without_places(value: Any) -> Any:
+    """Leave out of a configuration where things lie: data and weights have names of their own."""
+    if isinstance(value, dict):
+        return {name: _without_places(part) for name, part in value.items() if name not in _PLACES}
+    return [_without_places(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 class _LicensedRow(Record):

@@ -1,12 +1,14 @@
 """Scores with their uncertainty, and paired comparisons of two of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from vzero_core.errors import InputError
 
@@ -143,6 +145,28 @@ def compare(first: Outcomes, second: Outcomes) -> Comparison:
         num_gained=num_gained,
         num_lost=num_lost,
     )
+
+
+def mean_interval(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float, float]:
+    """Give the mean of clusters' means with its 95% interval, by Student's t.
+
+    Args:
+        values: one or more a cluster.
+        clusters: of each value; values of one cluster are not independent. Of a single one nothing is known: its
+            interval is infinite.
+
+    Source: Student, "The probable error of a mean", Biometrika 1908.
+    """
+    members: dict[str, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        members.setdefault(cluster, []).append(value)
+    means = [float(np.mean(found)) for found in members.values()]
+    mean = float(np.mean(means))
+    if len(means) == 1:
+        return mean, -math.inf, math.inf
+    error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    width = float(student.ppf((1 + _CONFIDENCE) / 2, len(means) - 1)) * error
+    return mean, mean - width, mean + width
 
 
 def lower_bound(first: Outcomes, second: Outcomes) -> float:

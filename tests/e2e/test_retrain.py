@@ -13,19 +13,21 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from support.runs import small_config
 
+from flows import publication
 from flows.config import PROJECT, RunConfig
 from flows.evaluate import evaluate
 from flows.events import SAMPLES_ADDED
 from flows.full_pipeline import vzero
 from flows.pipeline import described
+from flows.publication import alone
 from flows.retrain import retrain
 from flows.summary import RunResult
 from flows.watch import watch
-from tasks.adapters.registry import Registry, RegistryError
+from tasks.adapters.registry import Registry, RegistryError, Version
 from tasks.adapters.store import Store
 from tasks.artifacts import Manifest
 from tasks.small_world.dataset import write_dataset
-from vzero_core.errors import ConfigError
+from vzero_core.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.e2e
 
@@ -173,8 +175,13 @@ def test_the_champion_learns_new_samples_and_some_old_ones(champion: Path) -> No
     assert kinds(registry)[-1] == ("promoted" if promoted["promoted"] else "kept")
     assert (result.published.champion == version.name) == promoted["promoted"]
     assert [guard["benchmark"] for guard in promoted["guards"]] == ["held-out"]
-    # The same data are not learned again.
+    # The same data are not learned again, nor are they new under another date.
     assert retrain(config_of(champion), return_state=True).message.startswith("no new data")
+    (champion / "data" / "second.jsonl").touch()
+    assert watch(config_of(champion), return_state=True).message == "new data: a retraining is asked for"
+    assert retrain(config_of(champion), return_state=True).message.startswith("no new samples; a retraining takes 16")
+    assert watch(config_of(champion), return_state=True).message.startswith("no new data since")
+    assert kinds(registry)[1:] == ["promoted" if promoted["promoted"] else "kept", "seen"]
     # What was set aside once is never trained on, here nor before.
     store = Store(str(champion / "store"), champion / "work")
     sets = [json.loads(store.read(m.ref, "held_out.json")) for m in stages(champion, "training_set")]
@@ -193,6 +200,66 @@ def rows_of(store: Store, manifest: Manifest) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(store.read(manifest.ref, "rollouts.parquet"))).to_pylist()
     return rows
+
+
+def test_a_rollback_is_not_undone_by_the_same_data(champion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(str(champion / "published"))
+    first = registry.champion()
+    assert first is not None
+    add(champion, "second", 64, 112)
+    result = retrain(config_of(champion))
+    assert isinstance(result, RunResult)
+    if result.published.champion == first.name:
+        registry.move(
+            registry.last(), kind="by hand", champion=result.published.version, version=None, data="d", reason="by hand"
+        )
+    assert registry.rollback().champion == first.name
+    (champion / "data" / "second.jsonl").touch()
+    state = retrain(config_of(champion), return_state=True)
+    assert state.message.startswith("no new samples")
+    assert registry.champion() == first
+
+
+def test_what_is_wrong_with_new_data_is_said_once_and_not_at_every_poll(champion: Path) -> None:
+    registry = Registry(str(champion / "published"))
+    lines = (champion / "drawn" / "train.jsonl").read_text().splitlines()[64:90]
+    rows = [{**json.loads(line), "image": "gone.png"} for line in lines]
+    (champion / "data" / "second.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(InputError, match="26 of 26"):
+        retrain(config_of(champion))
+    assert kinds(registry) == ["founded", "seen"]
+    assert "26 of 26" in registry.history()[1].reason
+    assert watch(config_of(champion), return_state=True).message.startswith("no new data since")
+    # By hand it is tried again, with other settings perhaps; nothing is written twice.
+    with pytest.raises(InputError, match="26 of 26"):
+        retrain(config_of(champion))
+    assert kinds(registry) == ["founded", "seen"]
+
+
+def test_what_a_lost_run_left_undone_is_made_up_for(champion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what follows a move, here the upload."""
+    uploaded: list[str] = []
+
+    def upload(version: Version, url: str, repository: str) -> None:
+        uploaded.append(f"{version.name} {repository}")
+
+    monkeypatch.setattr(publication, "upload", upload)
+    monkeypatch.setenv("HF_TOKEN", "token")
+    registry = Registry(str(champion / "published"))
+    version = registry.champion()
+    assert version is not None
+    publish = {"url": str(champion / "published"), "hub": "team/student"}
+    state = retrain(config_of(champion, publish=publish), return_state=True)
+    assert state.message.startswith("no new data")
+    assert uploaded == [f"{version.name} team/student"]
+
+
+def test_no_poll_asks_for_what_is_going_on(champion: Path) -> None:
+    registry = Registry(str(champion / "published"))
+    add(champion, "second", 64, 112)
+    with alone(registry):
+        assert watch(config_of(champion), return_state=True).message.startswith("new data; a retraining is going on")
+    assert watch(config_of(champion), return_state=True).message == "new data: a retraining is asked for"
 
 
 def test_questions_of_ones_own_decide(champion: Path) -> None:
@@ -226,6 +293,8 @@ def test_a_published_student_is_measured_alone(champion: Path) -> None:
     assert state.message == f"{version.name}: held-out {final:.1%}"
     with pytest.raises(RegistryError, match="version 'other' must be in"):
         evaluate(config_of(champion), version="other")
+    with pytest.raises(RegistryError, match="a version's name must be of letters"):
+        evaluate(config_of(champion), version="../drawn")
 
 
 def founded_score(folder: Path) -> float:

@@ -18,7 +18,7 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling, Completed, Cras
 from flows import deploy
 from flows.config import LAPTOP, RunConfig
 from flows.events import announce_samples
-from flows.server import own_server
+from flows.server import ServerError, own_server
 from tasks.serve import teacher_limit
 
 pytestmark = pytest.mark.e2e
@@ -285,3 +285,14 @@ def test_a_run_without_heartbeats_counts_as_crashed_but_not_one_that_is_stopped(
     [renewed] = client.read_automations_by_name("vzero: no heartbeat")
     assert renewed.trigger.within.total_seconds() == 90
     move(client, lost, Cancelled())
+
+
+def test_a_configuration_of_an_earlier_release_is_named(client: SyncPrefectClient) -> None:
+    name = "vzero-evaluate/evaluate"
+    found = client.read_deployment_by_name(name)
+    old = {"config": {"rounds": {"num_rounds": 3, "gone": 1}}}
+    client.update_deployment(found.id, DeploymentUpdate(parameters=old, enforce_parameter_schema=False))
+    with pytest.raises(ServerError, match=r"of deployment vzero-evaluate/evaluate must be of this release; .*\n.*gone"):
+        deploy.deploy(None, lambda _: None)
+    deploy.deploy(attached(), lambda _: None)
+    deploy.deploy(None, lambda _: None)

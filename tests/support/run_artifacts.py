@@ -259,7 +259,13 @@ class Run:
         self.training_set = self._put(
             TrainingSetJob(rows=imported, views=self.views, previous=None, replay_share=0.0, num_held_out=0, seed=0),
             {SAMPLES: (samples, Sample)},
-            {"num_samples": len(samples), "num_new": len(samples), "num_replayed": 7, "num_held_out": 5, "num_parts": 2},
+            {
+                "num_samples": len(samples),
+                "num_new": len(samples),
+                "num_replayed": 7,
+                "num_held_out": 5,
+                "num_parts": 2,
+            },
             files={VIEW_SHARDS: rows},
         )
 

@@ -546,6 +546,20 @@ def test_a_row_is_the_same_in_another_line_and_another_file(tmp_path: Path) -> N
     assert named(source)[1:] == before[::-1]
 
 
+def test_bad_rows_are_told_apart_by_what_they_are(tmp_path: Path) -> None:
+    rows = [{"id": "z", "image": "a.png", "extra": number} for number in range(3)]
+    assert len({*named(jsonl(tmp_path, rows))}) == 3
+
+
+def test_a_picture_inside_a_file_has_no_name_of_its_own(tmp_path: Path) -> None:
+    rows = [{"id": name, "question": name, "region": [1, 2, 3, 4], "image": png()} for name in "ab"]
+    write_parquet(tmp_path / "x.parquet", rows)
+    before = named(FileData(kind="parquet", path=str(tmp_path / "x.parquet")))
+    write_parquet(tmp_path / "y.parquet", rows[::-1])
+    assert named(FileData(kind="parquet", path=str(tmp_path / "y.parquet"))) == before[::-1]
+    assert len({*before}) == 2
+
+
 @pytest.mark.parametrize(
     "change",
     [{"id": "b"}, {"image": "b.png"}, {"question": "who?"}, {"region": [1, 2, 3, 5]}, {"detail_image": "a.png"}],

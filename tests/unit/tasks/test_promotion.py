@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 
-from tasks.adapters.dataset import SAMPLES
+from tasks.adapters.dataset import SAMPLES, Dataset
 from tasks.adapters.evaluation import SCORES, EvaluateJob
+from tasks.adapters.images import ImageReader
 from tasks.adapters.store import Outcome, Store
 from tasks.adapters.tables import write_rows
-from tasks.artifacts import ArtifactRef, EvaluationSample, ImageRef, Score
+from tasks.artifacts import ArtifactRef, EvaluationSample, ImageRef, Sample, Score
 from tasks.config import EngineFingerprint, PromptConfig
 from tasks.evaluation_config import ExactProtocol, GenerationConfig
 from tasks.evaluation_data import EvaluationDataJob
 from tasks.promotion import Pair, PromotionJob, promotion
 from tasks.selection import CRITERIA, CriteriaJob, PromptCriteria
+from tasks.training_set import TrainingSetJob
 
 IMAGE = ImageRef(uri="a.png", width=8, height=8, size_bytes=1)
 
@@ -29,7 +31,22 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(str(folder), folder / "work")
-        self.context: Any = SimpleNamespace(store=self.store)
+        dataset = Dataset(self.store, ImageReader(str(folder), 1))
+        self.context: Any = SimpleNamespace(store=self.store, dataset=dataset)
+
+    def samples(self, per_image: int = 1) -> ArtifactRef:
+        """Twelve samples, several of an image."""
+
+        def make(folder: Path) -> Outcome:
+            images = [IMAGE.model_copy(update={"uri": str(number // per_image)}) for number in range(12)]
+            rows = [Sample(id=str(number), image=image, question="q") for number, image in enumerate(images)]
+            write_rows(folder / SAMPLES, rows, Sample)
+            return Outcome()
+
+        job = TrainingSetJob(
+            rows=ref("r"), views=ref("v"), previous=None, replay_share=0, num_held_out=12, seed=per_image
+        )
+        return self.store.produce(job, make)
 
     def criteria(self, name: str, supports: list[float]) -> ArtifactRef:
         rows = [
@@ -101,7 +118,8 @@ class World:
         return self.store.produce(job, write_scores)
 
     def decide(self, **fields: Any) -> dict[str, Any]:
-        job = PromotionJob(**{"criteria": (), "split": None, "guards": (), "margin": 0.03, **fields})
+        defaults = {"criteria": (), "split": None, "guards": (), "margin": 0.03, "samples": self.samples()}
+        job = PromotionJob.model_validate({**defaults, **fields})
         made: ArtifactRef = promotion.fn(job, self.context)
         return self.store.manifest(made).summary
 
@@ -113,12 +131,12 @@ def world(tmp_path: Path) -> World:
 
 def test_more_support_than_chance_explains_promotes(world: World) -> None:
     champion = world.criteria("champion", [-1.0, -2.0, -1.5, -1.0])
-    # Differences .5, .3, .5, .3: mean .4, standard deviation .1155, standard error .0577; 1.96 of them are .113.
+    # Differences .5, .3, .5, .3: mean .4, standard error .1155 / 2; 3.182 of them (t with 3 degrees) are .184.
     better = world.criteria("better", [-0.5, -1.7, -1.0, -0.7])
     found = world.decide(criteria=(champion, better))
     assert found["promoted"]
     assert found["reason"] == (
-        "the teacher's support on 4 prompts set aside: +0.400 nats per token (+0.287 .. +0.513): better"
+        "the teacher's support on 4 prompts set aside, of 4 images: +0.400 nats per token (+0.216 .. +0.584): better"
     )
 
 
@@ -127,7 +145,7 @@ def test_more_support_than_chance_explains_promotes(world: World) -> None:
     [
         # Differences 1, -.2, .5, -.1: mean .3, standard error .28.
         ([0.0, -2.2, -1.0, -1.1], "inside the noise"),
-        ([-1.5, -2.3, -2.0, -1.3], "worse"),
+        ([-1.5, -2.4, -2.0, -1.4], "worse"),
         ([-1.0, -2.0, -1.5, -1.0], "inside the noise"),
     ],
 )
@@ -138,9 +156,22 @@ def test_what_may_be_chance_or_is_worse_does_not(world: World, supports: list[fl
     assert found["reason"].endswith(verdict)
 
 
-def test_one_prompt_decides_nothing(world: World) -> None:
+def test_one_image_decides_nothing(world: World) -> None:
     found = world.decide(criteria=(world.criteria("champion", [-1.0]), world.criteria("x", [-0.1])))
     assert not found["promoted"]
+    assert "+0.900 nats per token (-inf .. +inf): inside the noise" in found["reason"]
+    many = world.criteria("champion 2", [-1.0] * 12), world.criteria("y", [-0.1, -0.2] * 6)
+    assert world.decide(criteria=many)["promoted"]
+    assert not world.decide(criteria=many, samples=world.samples(per_image=12))["promoted"]
+
+
+def test_prompts_of_one_image_are_one_piece_of_evidence(world: World) -> None:
+    # By prompt: nine gain .3, three lose .3. By image: gains .3, .3, .3, -.3: mean .15, standard error .15.
+    champion = world.criteria("champion", [-1.0] * 12)
+    challenger = world.criteria("challenger", [-0.7] * 9 + [-1.3] * 3)
+    found = world.decide(criteria=(champion, challenger), samples=world.samples(per_image=3))
+    assert not found["promoted"]
+    assert "12 prompts set aside, of 4 images: +0.150 nats per token (-0.327 .. +0.627)" in found["reason"]
 
 
 def test_questions_set_apart_decide_where_there_are_any(world: World) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.adapters.statistics import Comparison, Outcomes, compare, estimate, lower_bound
+from tasks.adapters.statistics import Comparison, Outcomes, compare, estimate, lower_bound, mean_interval
 from vzero_core.errors import InputError
 
 Z = NormalDist().inv_cdf(0.975)
@@ -445,3 +445,21 @@ def test_rotations_of_a_question_are_not_more_evidence_that_nothing_is_lost() ->
 def test_other_questions_give_no_lower_bound() -> None:
     with pytest.raises(InputError, match="must be to the same questions"):
         lower_bound(separate([True]), separate([True, False]))
+
+
+def test_a_means_interval_is_students() -> None:
+    # Mean 2, standard deviation 1, t with 2 degrees of freedom 4.3027: 4.3027 / sqrt(3) = 2.4841.
+    assert mean_interval([1, 2, 3], list("abc")) == pytest.approx((2, 2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert mean_interval([1, 2, 3, 3, 3], list("abccc")) == pytest.approx(mean_interval([1, 2, 3], list("abc")))
+    assert mean_interval([1, 2], list("aa")) == (1.5, -math.inf, math.inf)
+
+
+def test_95_percent_of_a_means_intervals_hold_it_where_values_come_in_clusters() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(600):
+        values = (rng.normal(size=(8, 1)) + rng.normal(size=(8, 8))).ravel()
+        _, low, high = mean_interval(list(values), [str(number // 8) for number in range(64)])
+        held += low <= 0 <= high
+    # 95% of 600 are 570; the binomial's standard deviation is 5.3. As 64 independent values they would be some 400.
+    assert abs(held - 570) <= 3 * 5.3
