@@ -52,20 +52,12 @@ def show(registry: Registry, console: Console) -> None:
 
 def show_history(registry: Registry, console: Console) -> None:
     """Print every entry of the history, the oldest first."""
-    names = (Column(head, no_wrap=True) for head in ("champion after it", "about"))
-    table = Table("", "when", "what", *names, "data", "reason", title=escape(registry.url))
+    # No table: names and reasons are too long for columns.
     for move in registry.history():
-        cells = (
-            str(move.number),
-            _date(move.at),
-            move.kind,
-            move.champion or "none",
-            move.version or "",
-            (move.data or "")[:SHORT],
-            move.reason,
-        )
-        table.add_row(*map(escape, cells))
-    console.print(table)
+        facts = {"champion": move.champion, "about": move.version, "data": move.data, "reason": move.reason}
+        lines = [f"{move.number}  {_date(move.at)}  {move.kind}"]
+        lines += [f"   {name + ':':<9} {value}" for name, value in facts.items() if value]
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def roll_back(registry: Registry, console: Console, lakefs: LakeFSRepo | None) -> None:

@@ -47,10 +47,9 @@ def evaluate(config: RunConfig = LAPTOP, version: str | None = None) -> State[An
         scores = scores_of(run.store, measure_everywhere(config, run, questions, student, version))
     if not scores:
         raise ConfigError("there must be questions to measure on, got none; set evaluation_path, or [[benchmarks]]")
-    show_scores(scores, [])
-    return Completed(
-        message=f"{version}: " + ", ".join(f"{score.benchmark} {score.accuracy:.1%}" for score in scores), data=scores
-    )
+    said = f"{version}: " + ", ".join(f"{score.benchmark} {score.accuracy:.1%}" for score in scores)
+    show_scores(scores, notes=[said, f"weights {student.digest}"], key="evaluation")
+    return Completed(message=said, data=scores)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
 
 from flows.config import PROJECT, RunConfig, resolve_paths
 from flows.pipeline import Taught, described
@@ -41,7 +48,7 @@ def open_registry(config: RunConfig) -> Registry | None:
 @contextmanager
 def alone(registry: Registry) -> Iterator[None]:
     """Hold the one place of the retrainings of a registry; the server frees it where a process dies."""
-    name = _limit(registry)
+    name = f"vzero-retrain-{digest_json(registry.url)[:12]}"
     with get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name(name, limit=1)
     # A server that is away for a while must not end a run of days: who comes between is refused by the history.
@@ -49,17 +56,15 @@ def alone(registry: Registry) -> Iterator[None]:
         yield
 
 
-def is_retraining(registry: Registry) -> bool:
-    """Tell whether somebody holds that place."""
+def is_retraining(config: RunConfig) -> bool:
+    """Tell whether a retraining of the same champion runs, or waits to."""
+    unfinished = FlowRunFilterStateType(any_=[StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING])
     with get_client(sync_client=True) as client:
-        try:
-            return client.read_global_concurrency_limit_by_name(_limit(registry)).active_slots > 0
-        except ObjectNotFound:
-            return False
-
-
-def _limit(registry: Registry) -> str:
-    return f"vzero-retrain-{digest_json(registry.url)[:12]}"
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["vzero-retrain"])),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=unfinished)),
+        )
+    return any(run.parameters.get("config", {}).get("publish", {}).get("url") == config.publish.url for run in runs)
 
 
 def fetch_student(registry: Registry, name: str, config: RunConfig) -> RunConfig:

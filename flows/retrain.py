@@ -18,7 +18,7 @@ from flows.data import imported_rows
 from flows.pipeline import Taught, result_of, teach
 from flows.publication import Decision, alone, fetch_student, follow, open_registry, publish_student
 from flows.run import open_run, version_of_data
-from flows.summary import RunResult, print_result, show_report
+from flows.summary import outcome, print_result, show_report
 from tasks.adapters.registry import Move, Registry, Version
 from tasks.promotion import Pair, PromotionJob, promotion
 from tasks.stage import RunContext
@@ -30,7 +30,7 @@ from vzero_core.errors import ConfigError, InputError
     flow_run_name="{config.name}, retraining",
     task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
 )
-def retrain(config: RunConfig = LAPTOP) -> State[Any] | RunResult:
+def retrain(config: RunConfig = LAPTOP) -> State[Any]:
     """Train the champion on with new samples, and let the result take its place where it is better.
 
     Nothing is trained where there are no new samples, or fewer than `retrain.min_new`. One retraining at a time: a
@@ -70,7 +70,7 @@ def retrain(config: RunConfig = LAPTOP) -> State[Any] | RunResult:
             published = publish_student(config, run, taught, challenged=challenged, decision=decision)
             result = result_of(run, taught, started, published)
             show_report(result, config)
-            return result
+            return Completed(message=outcome(result), data=result)
 
 
 def _require_store(run: RunContext, champion: Version) -> None:

@@ -71,6 +71,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     """
     configured = get_current_settings().api.url
     if configured:
+        _require_answer(configured)
         yield configured
         return
     with own_server(home) as server:
@@ -103,6 +104,19 @@ def own_server(home: Path, port: int | None = None) -> Iterator[OwnServer]:
         # Before the server stops: what is still queued for it would be sent again and again for a minute.
         stack.callback(send_queued)
         yield server
+
+
+def _require_answer(url: str) -> None:
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=STOP_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        # Whoever refuses is there: a server behind a door of its own.
+        return
+    except OSError as error:
+        raise ServerError(
+            f"a Prefect server must answer at {url}, which PREFECT_API_URL or Prefect's profile names, but: {error}; "
+            "start it, or unset PREFECT_API_URL"
+        ) from error
 
 
 def send_queued() -> None:

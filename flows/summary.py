@@ -237,13 +237,16 @@ def changes_of(store: Store, before: list[Evaluation], after: list[Evaluation]) 
 
 
 @telling()
-def show_scores(scores: Sequence[Score], changes: Sequence[Change] = (), notes: Sequence[str] = ()) -> None:
+def show_scores(
+    scores: Sequence[Score], changes: Sequence[Change] = (), notes: Sequence[str] = (), key: str = "result"
+) -> None:
     """Leave scores on the dashboard.
 
     Args:
         scores: in the order measured.
         changes: of the student before and after.
-        notes: what else is to be said of the result.
+        notes: what else is to be said of the result, first.
+        key: of the artifact.
     """
     lines = ["| benchmark | model | accuracy | 95% interval | questions |", "|---|---|---|---|---|"]
     lines += [
@@ -251,19 +254,15 @@ def show_scores(scores: Sequence[Score], changes: Sequence[Change] = (), notes: 
         f"| {score.num_questions} |"
         for score in scores
     ]
-    said = [*map(describe, changes), *notes]
+    said = [*notes, *map(describe, changes)]
     text = "\n".join([*(lines if scores else ["No accuracy was measured."]), "", *(f"- {line}" for line in said)])
-    Board("result").put("markdown", "result", text, "; ".join(said) or "Scores with their intervals")
+    Board(key).put("markdown", key, text, "; ".join(said) or "Scores with their intervals")
 
 
 @telling()
 def show_report(result: RunResult, config: RunConfig) -> None:
     """Leave the result, its cost and the report's address on the dashboard."""
-    notes = [f"the student is that of round {result.chosen_round}"]
-    published = result.published
-    if published.version is not None:
-        what = "champion" if published.champion == published.version else "not champion"
-        notes.append(f"published as {published.version}, {what}: {published.reason}")
+    notes = [outcome(result), f"the student is that of round {result.chosen_round}"]
     show_scores(result.scores, result.changes, notes)
     board = Board("report", "cost")
     costs, total = _costs(result.stages)
@@ -275,6 +274,15 @@ def show_report(result: RunResult, config: RunConfig) -> None:
         path = result.report.removeprefix(store.url).lstrip("/")
         text = f"[report.html]({store.web_url.rstrip('/')}/{quote(path)})\n\n{_block(result.report)}"
     board.put("markdown", "report", text, "The report on this run")
+
+
+def outcome(result: RunResult) -> str:
+    """Say in a line what became of a run's student."""
+    published = result.published
+    if published.version is None:
+        return f"the student of round {result.chosen_round}, not published"
+    what = "champion" if published.champion == published.version else "not champion"
+    return f"{published.version}, {what}: {published.reason}"
 
 
 def _costs(stages: Sequence[StageTime]) -> tuple[list[dict[str, Any]], str]:
@@ -381,9 +389,7 @@ def print_result(result: RunResult, seconds: float) -> None:
     console.print(f"student: {result.checkpoint}", soft_wrap=True)
     console.print(f"report:  {result.report}", soft_wrap=True)
     console.print(f"data:    {result.data_docs}", soft_wrap=True)
-    published = result.published
-    if published.version is not None:
-        what = "champion" if published.champion == published.version else "not champion"
-        console.print(f"version: {published.version}, {what}: {published.reason}", soft_wrap=True, highlight=False)
-    if published.commit is not None:
-        console.print(f"lakeFS:  {published.commit}", soft_wrap=True)
+    if result.published.version is not None:
+        console.print(f"version: {outcome(result)}", soft_wrap=True, highlight=False)
+    if result.published.commit is not None:
+        console.print(f"lakeFS:  {result.published.commit}", soft_wrap=True)

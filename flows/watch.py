@@ -29,9 +29,9 @@ def watch(config: RunConfig = LAPTOP) -> State[Any]:
         return Completed(message="there is no champion yet that could learn; run vzero/full-pipeline")
     data = version_of_data(config)
     if last.data == data:
-        return Completed(message=f"no new data since {last.at:%Y-%m-%d %H:%M} UTC")
-    if is_retraining(registry):
-        return Completed(message="new data; a retraining is going on, they are looked at again after it")
+        return Completed(message=f"no new data since entry {last.number} of the history ({last.kind})")
+    if is_retraining(config):
+        return Completed(message="new data; a retraining is going on or waits, they are looked at again after it")
     announce_samples(config, data, "poll")
     return Completed(message="new data: a retraining is asked for")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.states import Cancelled
 from support.runs import small_config
 
 from flows import publication
@@ -19,7 +20,6 @@ from flows.evaluate import evaluate
 from flows.events import SAMPLES_ADDED
 from flows.full_pipeline import vzero
 from flows.pipeline import described
-from flows.publication import alone
 from flows.retrain import retrain
 from flows.summary import RunResult
 from flows.watch import watch
@@ -255,11 +255,13 @@ def test_what_a_lost_run_left_undone_is_made_up_for(champion: Path, monkeypatch:
 
 
 def test_no_poll_asks_for_what_is_going_on(champion: Path) -> None:
-    registry = Registry(str(champion / "published"))
     add(champion, "second", 64, 112)
-    with alone(registry):
-        assert watch(config_of(champion), return_state=True).message.startswith("new data; a retraining is going on")
-    assert watch(config_of(champion), return_state=True).message == "new data: a retraining is asked for"
+    config = config_of(champion)
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(retrain, parameters={"config": config})
+        assert watch(config, return_state=True).message.startswith("new data; a retraining is going on or waits")
+        client.set_flow_run_state(run.id, Cancelled(), force=True)
+    assert watch(config, return_state=True).message == "new data: a retraining is asked for"
 
 
 def test_questions_of_ones_own_decide(champion: Path) -> None:

@@ -103,3 +103,13 @@ def test_a_run_that_is_ended_takes_its_server_with_it(tmp_path: Path) -> None:
     finally:
         if alive(server):
             os.killpg(server, signal.SIGKILL)
+
+
+def test_a_server_that_is_named_but_away_is_one_message(tmp_path: Path) -> None:
+    url = "http://127.0.0.1:9/api"
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(ServerError, match=f"must answer at {url}, .* start"),
+        prefect_server(tmp_path),
+    ):
+        pass

@@ -1,5 +1,6 @@
 """The champion tool shows the versions, names the champion, takes it back, and copies a model."""
 
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -75,11 +76,10 @@ def test_show_lists_versions_and_marks_the_champion(registry: Registry, capsys: 
 def test_history_says_who_was_champion_when_and_why(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, "history", "--url", registry.url)
     assert code == 0
-    rows = [[row[0], *row[2:]] for row in cells(text)]
-    assert rows == [
-        ["1", "founded", "a", "a", "d1", "the first one"],
-        ["2", "promoted", "b", "b", "d2", "[bold]better"],
-        ["3", "kept", "b", "c", "d3", "not better"],
+    assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "DATE", text).splitlines() == [
+        *("1  DATE  founded", "   champion: a", "   about:    a", "   data:     d1", "   reason:   the first one"),
+        *("2  DATE  promoted", "   champion: b", "   about:    b", "   data:     d2", "   reason:   [bold]better"),
+        *("3  DATE  kept", "   champion: b", "   about:    c", "   data:     d3", "   reason:   not better"),
     ]
 
 
@@ -93,7 +93,7 @@ def test_names_are_whole_on_a_narrow_terminal(
     registry.add(version_of(student, name, data="f" * 32), student)
     registry.move(None, kind="founded", champion=name, version=name, data="f" * 32, reason="the first one " * 9)
     assert cells(run(capsys, "show", "--url", url)[1])[0][1] == name
-    assert cells(run(capsys, "history", "--url", url)[1])[0][3] == name
+    assert f"   champion: {name}\n" in run(capsys, "history", "--url", url)[1]
 
 
 def test_rollback_says_from_what_to_what(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +259,6 @@ def test_all_commands_work_on_a_bucket(
     fill(s3_url, tmp_path)
     assert "champion: b" in run(capsys, "show", "--url", s3_url)[1]
     assert run(capsys, "rollback", "--url", s3_url) == (0, "champion: b -> a\n")
-    assert len(cells(run(capsys, "history", "--url", s3_url)[1])) == 4
+    assert run(capsys, "history", "--url", s3_url)[1].count("   champion: ") == 4
     assert run(capsys, "fetch", "--to", str(tmp_path / "target"), "--url", s3_url)[0] == 0
     assert files_below(tmp_path / "target") == files_below(tmp_path / "a" / "model")

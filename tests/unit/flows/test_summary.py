@@ -137,8 +137,8 @@ def test_scores_stand_with_their_intervals_and_changes(shown: dict[str, tuple[st
     kind, text, line = shown["result"]
     assert kind == "markdown"
     assert "| held-out | before | 50.0% | 40.0% to 60.0% | 40 |" in text.splitlines()
-    assert text.splitlines()[-2:] == [f"- {NOISE_LINE}", "- a note"]
-    assert line == f"{NOISE_LINE}; a note"
+    assert text.splitlines()[-2:] == ["- a note", f"- {NOISE_LINE}"]
+    assert line == f"a note; {NOISE_LINE}"
 
 
 def test_what_was_not_measured_is_said(shown: dict[str, tuple[str, Any, str]]) -> None:

@@ -605,7 +605,40 @@ def test_the_version_of_the_data_is_their_listing(tmp_path: Path) -> None:
     assert data_version(SmallWorldData()) != data_version(SmallWorldData(num_prompts=2000))
 
 
-def test_rows_are_checked_without_their_images(tmp_path: Path) -> None:
-    check_rows(jsonl(tmp_path, [GOOD | {"image": "gone.png"}]))
-    with pytest.raises(InputError, match=r"rows must have the form of jsonl, 1 have not:\n  row 2 \(z\)"):
-        check_rows(jsonl(tmp_path, [GOOD, {"id": "z", "image": "a.png"}]))
+def check(source: FileData) -> None:
+    check_rows(source, ImageReader(image_root(source), 1000), threads=2)
+
+
+def test_rows_are_checked_with_their_images(tmp_path: Path) -> None:
+    check(jsonl(tmp_path, [GOOD, GOOD | {"id": "b", "region": None, "positive_image": "a.png"}]))
+    save(tmp_path / "text.png", b"no image")
+    bad = [
+        {"id": "form", "image": "a.png"},
+        GOOD | {"id": "gone", "negative_image": "gone.png"},
+        GOOD | {"id": "text", "image": "text.png"},
+        GOOD | {"id": "region", "region": [1]},
+    ]
+    with pytest.raises(InputError) as caught:
+        check(jsonl(tmp_path, [GOOD, *bad]))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "rows must have the form of jsonl, and images that are there, 4 have not:"
+    wanted = ["row 2 (form): row must have image and question", "row 3 (gone): image gone.png must exist"]
+    wanted += ["row 4 (text): image text.png must be an image", "row 5 (region): region must be four numbers"]
+    assert [line.strip()[: len(start)] for line, start in zip(lines, wanted, strict=True)] == wanted
+
+
+def test_of_images_that_are_checked_the_headers_are_read(tmp_path: Path, counted: type[Counted]) -> None:
+    content = png((30, 30))
+    # No decoder would take it, and much of it need not be read.
+    save(tmp_path / "cut.png", content[:40] + bytes(1_000_000))
+    check(jsonl(tmp_path, [GOOD | {"image": "cut.png"}]))
+    assert counted.total < 200_000
+    with pytest.raises(InputError, match=r"row 1 \(a\): image cut\.png must have at most 1000 pixels|1000"):
+        save(tmp_path / "cut.png", png((40, 40)))
+        check(jsonl(tmp_path, [GOOD | {"image": "cut.png"}]))
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_rows_of_every_format_pass_the_check(tmp_path: Path, kind: str) -> None:
+    source = WRITERS[kind](tmp_path / "x")
+    check_rows(source, ImageReader(image_root(source), 10**6), threads=2)
