@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterState,
@@ -28,7 +28,8 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Scheduled
 
 from flows.config import LAPTOP, PROJECT, RunConfig, load_config
@@ -38,6 +39,8 @@ from vzero_core.errors import VZeroError
 HOME = PROJECT / ".vzero" / "prefect"
 PORT = 4200
 """Prefect's usual one; the store's files are at the next."""
+_RESTART = timedelta(minutes=1)
+"""Time in which a crashed run is started again by an automation, also over a restart of the server."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -92,7 +95,7 @@ def _pools() -> list[str]:
 def _deploy(server: OwnServer, config_path: Path | None, files: str | None) -> None:
     # A process of its own: it imports all that the flows do, which this one can do without for days.
     command = [sys.executable, "-m", "flows.deploy"]
-    command += ["--config", str(config_path)] if config_path else []
+    command += ["--config", str(config_path.resolve())] if config_path else []
     command += ["--web-url", files] if files else []
     done = subprocess.run(command, cwd=PROJECT, env=server.environment, capture_output=True, text=True, check=False)
     (HOME / "deploy.log").write_text(done.stdout + done.stderr)
@@ -128,19 +131,31 @@ def _go_on(since: datetime) -> None:
     Args:
         since: what counts as crashed from then on was ended so too, for there was no worker.
     """
-    going = {StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.CRASHED}
+    going = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=sorted(going)))),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=_pools())),
-        )
-        for run in runs:
+        # Each by itself: the server gives no more than 200, and what crashed long ago stays.
+        for run in [*_in_states(client, going), *_in_states(client, [StateType.CRASHED])]:
             assert run.state is not None, "they were found by their states"
             if run.state.is_cancelling():
                 client.set_flow_run_state(run.id, Cancelled(message="Ended with the service."), force=True)
-            elif not run.state.is_crashed() or run.state.timestamp > since:
+            elif not run.state.is_crashed() or run.state.timestamp > since or _was_left(run, since):
                 message = "The service was stopped while this ran; it goes on with the service."
                 client.set_flow_run_state(run.id, Scheduled(message=message), force=True)
+
+
+def _in_states(client: SyncPrefectClient, types: list[StateType]) -> list[FlowRun]:
+    """Give the service's runs that are in one of some states, the last ones first."""
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=_pools())),
+        sort=FlowRunSort.START_TIME_DESC,
+    )
+
+
+def _was_left(run: FlowRun, since: datetime) -> bool:
+    """Tell whether a crashed run is one that the automation would have started again, had its server kept running."""
+    assert run.state is not None, "it has crashed"
+    return run.run_count == 1 and run.state.timestamp < since - _RESTART
 
 
 class _StoreFiles(SimpleHTTPRequestHandler):

@@ -17,7 +17,7 @@ class ImportDataJob(Job):
     """Import a training dataset."""
 
     stage: ClassVar[str] = "import_data"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     source: str
     images: Literal["decode", "header"]
@@ -33,20 +33,24 @@ class ImportDataJob(Job):
 
 @stage(ImportDataJob)
 def import_data(job: ImportDataJob, context: RunContext, folder: Path) -> Outcome:
-    """Read every new row and look at its images; what is no row at all is set aside."""
+    """Read every new row and look at its images; what is no row at all is set aside.
+
+    A row that stands in the data again, say in a copy of its file, is looked at once and then counts as known.
+    """
     known = context.dataset.seen(job.known) if job.known is not None else set()
-    seen: list[SeenRow] = []
+    seen: dict[str, None] = {}
     num_known = 0
 
     def new_rows() -> Iterator[SourceRow | UnreadRow]:
         nonlocal num_known
         for row in read_source(source):
             digest = row_digest(row)
-            if digest in known:
+            # Who mends a file wants to know of each bad row.
+            if digest in known or (digest in seen and not isinstance(row, BadRow)):
                 num_known += 1
                 advance(1)
             else:
-                seen.append(SeenRow(digest=digest))
+                seen[digest] = None
                 yield row
 
     def look(row: SourceRow | UnreadRow) -> tuple[ImportedRow | BadRow, tuple[str, ...]]:
@@ -68,7 +72,7 @@ def import_data(job: ImportDataJob, context: RunContext, folder: Path) -> Outcom
             advance(1)
     write_rows(folder / ROWS, rows, ImportedRow)
     write_rows(folder / QUARANTINE, bad, BadRow)
-    write_rows(folder / SEEN, seen, SeenRow)
+    write_rows(folder / SEEN, [SeenRow(digest=digest) for digest in seen], SeenRow)
     return Outcome(
         summary={
             "num_rows": len(rows),

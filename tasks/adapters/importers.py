@@ -23,6 +23,7 @@ from tasks.adapters.formats import (
     to_pixels,
 )
 from tasks.adapters.images import ImageReader
+from tasks.adapters.parallel import in_order
 from tasks.adapters.row_files import count_of, existing, files_of, is_folder, opened, rows_of, suffix_of
 from tasks.artifacts import KEY_LENGTH, BadRow, ImageRef, ImportedRow, digest_bytes, digest_json
 from tasks.config import FileData, SmallWorldData
@@ -178,15 +179,30 @@ def import_row(row: SourceRow, images: ImageReader, *, decode: bool) -> Imported
     )
 
 
-def check_rows(source: FileData) -> None:
-    """Make sure that every row of a dataset can be read, images left aside.
+def check_rows(source: FileData, images: ImageReader, threads: int) -> None:
+    """Make sure that every row of a dataset can be read, and that its images are there: of these, the headers are read.
+
+    Args:
+        source: the dataset.
+        images: reads its images.
+        threads: look at images at the same time.
 
     Raises:
-        InputError: one cannot; the first ones are named.
+        InputError: a row cannot be read, or an image of it; the first such rows are named.
     """
-    bad = [row for row in read_source(source) if isinstance(row, BadRow)]
+
+    def look(row: SourceRow | UnreadRow) -> BadRow | None:
+        if isinstance(row, BadRow):
+            return row
+        problem = import_row(row, images, decode=False).problem
+        return BadRow(row=row.row, id=row.id, reason=problem) if problem else None
+
+    bad = [row for row in in_order(look, read_source(source), threads) if row is not None]
     if bad:
-        raise InputError(f"rows must have the form of {source.kind}, {len(bad)} have not:\n{name_bad_rows(bad)}")
+        raise InputError(
+            f"rows must have the form of {source.kind}, and images that are there, {len(bad)} have not:\n"
+            f"{name_bad_rows(bad)}"
+        )
 
 
 def count_rows(source: FileData) -> int:

@@ -13,24 +13,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import lakefs_stand_in
+from support.formats import png, write_jsonl
 from support.lakefs_gateway import LakeFSGateway
 from support.lakefs_stand_in import Commit, LakeFSStandIn, Repository
+from support.published import version_of, write_student
 from support.runs import small_config
 from support.seaweed import KEYS, SeaweedServer
 from transformers import AutoModelForImageTextToText
 
+from flows.add_samples import add_samples
 from flows.config import RunConfig
 from flows.full_pipeline import vzero
 from flows.retrain import retrain
+from flows.run import version_of_data
 from flows.summary import RunResult
+from flows.watch import watch
 from tasks.adapters.files import StoreError, filesystem, read_bytes
 from tasks.adapters.lakefs_repo import LakeFSRepo
+from tasks.adapters.registry import Registry
 from tasks.adapters.store import Store, code_version
 from tasks.adapters.tables import read_rows
 from tasks.artifacts import BadRow, Manifest, Sample
 from tasks.config import DataConfig, FileData, OutputsConfig
 from tasks.small_world.dataset import write_dataset
-from vzero_core.errors import ConfigError
+from vzero_core.errors import ConfigError, InputError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.s3]
 
@@ -346,3 +352,38 @@ def test_proposed_regions_are_committed_with_the_samples(lake: Lake) -> None:
     assert samples
     assert all(sample.region is not None for sample in samples)
     assert len(samples) + len(read_rows(lake.read(commit.id, "quarantine.parquet"), BadRow)) == 16
+
+
+def test_rows_added_to_a_branch_are_committed_and_found_by_the_poll(lake: Lake, tmp_path: Path) -> None:
+    client, root = lake.storage.client(), f"lakefs://{lake.name}/main"
+    row = {"id": "first", "image": "a.png", "question": "what?", "region": [1, 2, 3, 4]}
+    client.pipe({f"{lake.name}/main/data/first.jsonl": json.dumps(row).encode(), f"{lake.name}/main/a.png": png()})
+    before = LakeFSRepo(lake.name).commit("main", "first", {})
+    source = {"kind": "jsonl", "path": f"{root}/data", "image_root": root}
+    config = lake.config(data={"source": source}, outputs={})
+    # Somebody is champion who was judged by the data as they are.
+    student = write_student(tmp_path / "student")
+    registry, version = Registry(lake.published), version_of(student, "small-1", data=version_of_data(config))
+    registry.add(version, student)
+    registry.move(None, kind="founded", champion="small-1", version="small-1", data=version.data, reason="first")
+    assert watch(config, return_state=True).message.startswith("no new data since")
+    write_jsonl(tmp_path / "new.jsonl", [row | {"id": "second"}])
+    # Whoever writes to the branch has said nothing yet: a commit does.
+    client.pipe_file(f"{lake.name}/main/data/other.jsonl", json.dumps(row | {"id": "third"}).encode())
+    assert watch(config, return_state=True).message.startswith("no new data since")
+    client.rm_file(f"{lake.name}/main/data/other.jsonl")
+
+    added = add_samples(config, tmp_path / "new.jsonl")
+    name = added.removeprefix(f"{root}/data/")
+    head = lake.kept.commits[lake.kept.branches["main"]]
+    assert (head.parents, head.message, head.metadata) == ((before,), f"Add samples {name}", {"file": name})
+    assert read_bytes(f"lakefs://{lake.name}/{head.id}/data/{name}") == (tmp_path / "new.jsonl").read_bytes()
+    assert watch(config, return_state=True).message == "new data: a retraining is asked for"
+    # Once is enough, under any name.
+    (tmp_path / "new.jsonl").rename(tmp_path / "copy.jsonl")
+    assert add_samples(config, tmp_path / "copy.jsonl") == added
+    assert lake.kept.branches["main"] == head.id
+    write_jsonl(tmp_path / "early.jsonl", [row | {"image": "later.png"}])
+    with pytest.raises(InputError, match=r"image later\.png must exist"):
+        add_samples(config, tmp_path / "early.jsonl")
+    assert lake.kept.branches["main"] == head.id

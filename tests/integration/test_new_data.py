@@ -1,9 +1,14 @@
 """New rows: added by our own command, which starts a retraining, or by somebody else, and found by the poll."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +24,15 @@ from flows.config import LAPTOP, RunConfig
 from flows.deploy import deploy
 from flows.run import version_of_data
 from flows.watch import watch
-from tasks.adapters.importers import read_source
+from tasks.adapters.dataset import QUARANTINE, ROWS, SEEN, Dataset, SeenRow
+from tasks.adapters.images import ImageReader
+from tasks.adapters.importers import read_source, row_digest
 from tasks.adapters.registry import Registry, Version, list_files
-from tasks.artifacts import ArtifactRef
+from tasks.adapters.store import Store
+from tasks.adapters.tables import read_rows
+from tasks.artifacts import ArtifactRef, BadRow, ImportedRow
 from tasks.config import FileData
+from tasks.import_data import ImportDataJob, import_data
 from vzero_core.errors import ConfigError, InputError
 
 REF = ArtifactRef(stage="train", key="k" * 32, digest="d" * 32)
@@ -97,6 +107,10 @@ def test_the_same_rows_are_added_once(config: RunConfig, tmp_path: Path) -> None
     assert add_samples(config, tmp_path / "new.jsonl") == first
     assert version_of_data(config) == version
     assert ids(config) == ["first", "second"]
+    # The same rows under another name are the same rows.
+    write_jsonl(tmp_path / "copy.jsonl", [row("second")])
+    assert add_samples(config, tmp_path / "copy.jsonl") == first
+    assert version_of_data(config) == version
     write_jsonl(tmp_path / "new.jsonl", [row("third")])
     add_samples(config, tmp_path / "new.jsonl")
     assert sorted(map(str, ids(config))) == ["first", "second", "third"]
@@ -107,6 +121,9 @@ def test_what_cannot_be_added_is_said_and_nothing_changes(config: RunConfig, tmp
     write_jsonl(tmp_path / "bad.jsonl", [row("second"), {"id": "no question", "image": "a.png"}])
     with pytest.raises(InputError, match=r"1 have not:\n  row 2 \(no question\): row must have image and question"):
         add_samples(config, tmp_path / "bad.jsonl")
+    write_jsonl(tmp_path / "early.jsonl", [row("second"), row("third") | {"detail_image": "later.png"}])
+    with pytest.raises(InputError, match=r"1 have not:\n  row 2 \(third\): image later\.png must exist"):
+        add_samples(config, tmp_path / "early.jsonl")
     with pytest.raises(InputError, match=r"rows of kind jsonl must be a \.jsonl file, got .*rows\.csv; convert it"):
         add_samples(config, tmp_path / "rows.csv")
     with pytest.raises(InputError, match="there is no such file"):
@@ -141,6 +158,71 @@ def test_without_a_server_the_poll_is_named(
     assert "there is no such file" in capsys.readouterr().err
 
 
+def test_a_server_that_does_not_answer_is_named(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toml(config, tmp_path / "my.toml")
+    write_jsonl(tmp_path / "new.jsonl", [row("second")])
+    with socket.socket() as nobody:
+        # Taken, so that nobody listens there.
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: url}):
+            assert main([str(tmp_path / "new.jsonl"), "--config", str(tmp_path / "my.toml")]) == 0
+    said = capsys.readouterr().out
+    assert f"added, but no Prefect server answers at {url}: a retraining starts at the next poll" in said
+    assert "was told" not in said
+    assert ids(config) == ["first", "second"]
+
+
+def test_a_server_that_does_not_listen_is_named(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toml(config, tmp_path / "my.toml")
+    write_jsonl(tmp_path / "new.jsonl", [row("second")])
+    # Something else that speaks HTTP: it has no POST.
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}/api"
+        with temporary_settings({PREFECT_API_URL: url}):
+            assert main([str(tmp_path / "new.jsonl"), "--config", str(tmp_path / "my.toml")]) == 0
+        other.shutdown()
+    assert f"added, but Prefect's server at {url} does not listen: a retraining starts at" in capsys.readouterr().out
+
+
+def test_a_row_that_stands_there_twice_is_looked_at_once(config: RunConfig, tmp_path: Path) -> None:
+    no_question = {"id": "bad", "image": "a.png"}
+    write_jsonl(tmp_path / "data" / "second.jsonl", [row("second"), row("first"), no_question, no_question])
+    # Of the same id, but another row: what that means is judged later.
+    write_jsonl(tmp_path / "data" / "third.jsonl", [row("second"), row("second") | {"question": "who?"}, no_question])
+    store = Store(config.store.url, tmp_path / "work")
+    assert isinstance(config.data.source, FileData)
+    context: Any = SimpleNamespace(
+        store=store,
+        data=config.data.source,
+        dataset=Dataset(store, ImageReader(str(tmp_path), 10**6)),
+        image_threads=2,
+        progress=lambda *_: nullcontext(advanced.append),
+    )
+
+    def imported(**changes: Any) -> tuple[ArtifactRef, list[tuple[str, int]], list[int], Any]:
+        ref = import_data.fn(ImportDataJob(source="s", images="header", max_image_pixels=10**6, **changes), context)
+        rows = [(found.id, found.row) for found in read_rows(store.read(ref, ROWS), ImportedRow)]
+        bad = [found.row for found in read_rows(store.read(ref, QUARANTINE), BadRow)]
+        return ref, rows, bad, store.manifest(ref).summary["num_known"]
+
+    advanced: list[int] = []
+    ref, *found = imported()
+    assert found == [[("first", 1), ("second", 2), ("second", 7)], [4, 5, 8], 2]
+    assert sum(advanced) == 8
+    # All that was looked at, once each.
+    digests = [each.digest for each in read_rows(store.read(ref, SEEN), SeenRow)]
+    assert digests == list(dict.fromkeys(row_digest(each) for each in read_source(config.data.source)))
+    assert len(digests) == 4
+    # What was known before is passed over, bad rows, too.
+    assert imported(known=ref)[1:] == ([], [], 8)
+
+
 def retrainings() -> list[FlowRun]:
     """Runs of the deployment, which nobody works on here."""
     with get_client(sync_client=True) as client:
@@ -158,6 +240,22 @@ def new_runs(before: list[FlowRun], number: int) -> list[FlowRun]:
             return found
         time.sleep(0.2)
     raise AssertionError(f"there must be {number} new runs of the deployment")
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("prefect_api")
+def test_a_deployment_that_is_missing_is_named(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deploy(config, print)
+    with get_client(sync_client=True) as client:
+        client.delete_deployment(client.read_deployment_by_name("vzero-retrain/retrain").id)
+    write_toml(config, tmp_path / "my.toml")
+    write_jsonl(tmp_path / "new.jsonl", [row("second")])
+    assert main([str(tmp_path / "new.jsonl"), "--config", str(tmp_path / "my.toml")]) == 0
+    said = capsys.readouterr().out
+    assert "added, but no deployment vzero-retrain/retrain is registered at http" in said
+    assert "python -m flows.deploy" in said
 
 
 @pytest.mark.e2e
@@ -201,6 +299,7 @@ def test_data_and_versions_may_lie_in_a_bucket(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
     client, root = seaweed.client(), s3_url.removeprefix("s3://")
+    save(tmp_path / "a.png", png())
     client.pipe_file(f"{root}/data/first.jsonl", json.dumps(row("first")).encode())
     config = config_of(tmp_path, f"{s3_url}/data", publish={"url": f"{s3_url}/published"})
     found_champion(config)

@@ -606,7 +606,7 @@ def test_the_version_of_the_data_is_their_listing(tmp_path: Path) -> None:
 
 
 def check(source: FileData) -> None:
-    check_rows(source, ImageReader(image_root(source), 1000), threads=2)
+    check_rows(source, ImageReader(image_root(source), 10**6), threads=2)
 
 
 def test_rows_are_checked_with_their_images(tmp_path: Path) -> None:
@@ -628,17 +628,14 @@ def test_rows_are_checked_with_their_images(tmp_path: Path) -> None:
 
 
 def test_of_images_that_are_checked_the_headers_are_read(tmp_path: Path, counted: type[Counted]) -> None:
-    content = png((30, 30))
-    # No decoder would take it, and much of it need not be read.
-    save(tmp_path / "cut.png", content[:40] + bytes(1_000_000))
+    Image.effect_noise((700, 700), 50).save(tmp_path / "noise.png")
+    content = (tmp_path / "noise.png").read_bytes()
+    # No decoder would take it.
+    save(tmp_path / "cut.png", content[: len(content) // 2])
     check(jsonl(tmp_path, [GOOD | {"image": "cut.png"}]))
-    assert counted.total < 200_000
-    with pytest.raises(InputError, match=r"row 1 \(a\): image cut\.png must have at most 1000 pixels|1000"):
-        save(tmp_path / "cut.png", png((40, 40)))
-        check(jsonl(tmp_path, [GOOD | {"image": "cut.png"}]))
+    assert 0 < counted.total < 80_000 < len(content) // 2
 
 
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_rows_of_every_format_pass_the_check(tmp_path: Path, kind: str) -> None:
-    source = WRITERS[kind](tmp_path / "x")
-    check_rows(source, ImageReader(image_root(source), 10**6), threads=2)
+    check(WRITERS[kind](tmp_path / "x"))
