@@ -211,4 +211,4 @@ def test_a_damaged_version_is_not_uploaded(stand_in: HubStandIn, registry: Regis
     (tmp_path / "published/versions/run-1/model/config.json").write_text("{ }")
     with pytest.raises(RegistryError, match=r"run-1 must be as published, but model/config.json differs"):
         upload_version(registry, "run-1", NAME)
-    assert stand_in.requests == []
+    assert not [request for request in stand_in.requests if "commit" in request or "/tag/" in request]

@@ -136,7 +136,7 @@ def test_it_says_what_it_was_made_of(run: Run) -> None:
     assert found["parent version"] == "a-run-0123456789ab"
     assert found["lakeFS commit"] == "c0ffee"
     assert found["code"].startswith("0.1.0")
-    assert "- rounds: 2, from 4 new samples and 7 that were learned before\n- trained from" in card
+    assert "- learned from: 4 new samples and 7 that were learned before, in 2 rounds\n- trained from" in card
     assert "trained from: version a-run-0123456789ab" in card
     assert "https://arxiv.org/abs/2606.25319" in card
     without = card_of(run)
