@@ -93,9 +93,10 @@ def _too_few(config: RunConfig, run: RunContext, registry: Registry, champion: V
     """
     rows = imported_rows(config, run, champion.training_set)
     new = run.dataset.seen(rows)
-    for version in registry.versions():
-        known = run.store.find(version.training_set.stage, version.training_set.key)
-        if version.parent == champion.name and known is not None:
+    # Of those in the history: one that is not was published by a run that was lost before it decided.
+    for name in {move.version for move in registry.history() if move.kind in ("promoted", "kept")}:
+        version = registry.version(str(name))
+        if version.parent == champion.name:
             new -= run.dataset.seen(version.training_set)
     if len(new) >= config.retrain.min_new:
         return None

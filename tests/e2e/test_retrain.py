@@ -346,6 +346,26 @@ def test_who_comes_late_does_not_move_the_champion(champion: Path, monkeypatch: 
     assert kinds(registry) == ["founded", "by hand"]
 
 
+def test_a_run_that_was_lost_before_the_move_goes_on(champion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version is there, and in no entry."""
+    add(champion, "second", 64, 112)
+    registry, move = Registry(str(champion / "published")), Registry.move
+
+    def lost(self: Registry, *arguments: Any, **fields: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Registry, "move", lost)
+    with pytest.raises(KeyboardInterrupt):
+        retrain(config_of(champion))
+    assert len(registry.versions()) == 2
+    assert kinds(registry) == ["founded"]
+    monkeypatch.setattr(Registry, "move", move)
+    result = retrain(config_of(champion))
+    assert isinstance(result, RunResult)
+    assert len(registry.versions()) == 2
+    assert kinds(registry)[1:] in (["kept"], ["promoted"])
+
+
 def test_what_retraining_needs_is_said_first(champion: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"publish\.url must name where the champion is"):
         retrain(config_of(champion, publish={"url": None}))
