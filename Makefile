@@ -30,7 +30,7 @@ test: setup lint
 	@$(OWN_HOMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not s3 and not vllm and not browser and not service"
 
 test-s3: setup
-	@$(OWN_HOMES) $(BIN)/python -m pytest -m "s3 and not slow"
+	@$(OWN_HOMES) $(BIN)/python -m pytest -n 2 --dist loadfile -m "s3 and not slow"
 
 test-service: setup
 	@$(OWN_HOMES) $(BIN)/python -m pytest -m "service and not slow"
